@@ -1,0 +1,49 @@
+"""Two promises that every script keeps: bad input is told in one line, and a file is written whole or not at all."""
+
+import argparse
+import functools
+import os
+import sys
+from pathlib import Path
+
+
+class BadInput(Exception):
+    """A flag, file or setting that cannot be used. The message says what is wrong and what to do about it."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, with the module docstring as the help text and errors in one line."""
+
+    def __init__(self, docstring):
+        super().__init__(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise BadInput(f"{message} (--help lists the flags)")
+
+
+def one_line_errors(main):
+    """Decorates a script's `main(argv) -> exit code`. `BadInput` and failures of the file system (missing, not writable, full)
+    print one line and return 2; anything else is a bug and keeps its traceback."""
+    script = Path(main.__code__.co_filename).name
+
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        try:
+            return main(argv) or 0
+        except (BadInput, OSError) as error:
+            print(f"{script}: error: {error}", file=sys.stderr)
+            return 2
+
+    return wrapped
+
+
+def write_whole(path, write):
+    """Calls `write(temporary path)` and moves the result to `path`: a reader, or a crash, sees the old file or the new one."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
