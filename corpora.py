@@ -1,0 +1,346 @@
+"""Where the text comes from: every corpus becomes token shards on disk, once, in `corpus/<name>/`.
+
+- `python` (the default) needs no download: the Python source of the standard library and of the packages that requirements.txt
+  brings. Code repeats its own names all the time, so that induction pays early and small models show the phase change.
+- a text file or folder (.txt, .gz, .xz; UTF-8), documents split on a line `<|endoftext|>`;
+- token shards that exist already: llm.c's and modded-nanogpt's .bin (magic 20240520), nanoGPT's headerless uint16 .bin;
+- `fineweb`: the public GPT-2 shards of FineWeb, fetched over HTTPS.
+
+A document is either for training or held out for measuring, never cut between the two.
+"""
+
+import gzip
+import hashlib
+import http.client
+import importlib.metadata
+import itertools
+import json
+import lzma
+import os
+import re
+import shutil
+import sys
+import sysconfig
+import time
+import urllib.error
+import urllib.request
+import zlib
+from pathlib import Path
+
+import numpy as np
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from data import Corpus, read_shard, shard_header
+from safety import BadInput
+from vocabulary import END_OF_TEXT, PYTHON_1024, load_vocabulary
+
+BUILT_IN = ("python", "fineweb")
+CORPUS_FOLDER = Path("corpus")
+REQUIREMENTS = Path(__file__).parent / "requirements.txt"
+SPLITS = {"train": "train_000.bin", "val": "val_000.bin"}
+GPT2_TOKENS = 50257  # the last is <|endoftext|>
+
+
+def open_corpus(data="python", vocabulary=None, n_tokens=0, root=CORPUS_FOLDER):
+    """The corpus that `--data` names; its first use prepares it.
+
+    vocabulary: None (what the corpus comes with: the small one for `python`, else GPT-2's), "gpt2" or a .tiktoken file.
+    n_tokens: how many will be trained on, which decides how many shards of FineWeb are fetched.
+    Raises BadInput for what is missing, empty, not text, or of no known format.
+    """
+    path = Path(data)
+    if data == "fineweb":
+        path = fetch_fineweb(Path(root) / "fineweb", n_tokens)
+    elif data != "python" and not path.exists():
+        raise BadInput(f"--data {data}: no such file or folder (python and fineweb are the built-in corpora)")
+    if data != "python" and (path.suffix == ".bin" or list(path.glob("*.bin"))):
+        return _open_shards(path, vocabulary or "gpt2")
+    vocabulary = vocabulary or (PYTHON_1024 if data == "python" else "gpt2")
+    folder = Path(root) / f"{path.stem}-{Path(vocabulary).stem}"
+    fingerprint = _fingerprint(data, vocabulary)
+    if not (folder / "meta.json").exists() or _read_meta(folder)["fingerprint"] != fingerprint:
+        _prepare(folder, data, vocabulary, fingerprint)
+    meta = _read_meta(folder)
+    if meta["vocabulary"] != "gpt2":
+        vocabulary = str(folder / meta["vocabulary"])
+    train, val = ([read_shard(folder / name)] for name in SPLITS.values())
+    return Corpus(folder.name, vocabulary, meta["d_vocab"], meta["start_token"], meta["sha256"], train, val)
+
+
+def documents_of(data):
+    """The documents of `python`, or of a text file or folder, in a fixed order: yields (held out?, text)."""
+    return python_documents() if data == "python" else text_documents(Path(data))
+
+
+# --- the Python source that every installation carries
+
+
+# tests, vendored copies and tables of data; matched against the path inside the library
+LEFT_OUT = re.compile(
+    r"(^|/)(tests?|testing|idle_test|_?vendor(ed)?|_vendored|pydoc_data|lib2to3)/"
+    r"|(^|/)(test_[^/]*|[^/]*_tests?|conftest)\.py$"
+)
+# how generated files introduce themselves
+GENERATED = re.compile(
+    r"automatically generated|auto-?generated|do not edit|@generated|generated (by|from) '"
+    r"|(file|module|code|table)s? (is|was|are|were) generated|^# *generated (by|from)",
+    re.IGNORECASE | re.MULTILINE,
+)
+PYTHON_HELD_OUT = 6  # one document in six, which gives the 10,000 evaluation examples of the paper
+
+
+def python_documents():
+    """The standard library and the packages of requirements.txt with all that they require, and nothing else that happens to be
+    installed. Order and held-out documents are fixed by a hash of the file's name, so that they survive a change of versions.
+
+    Left out: tests, vendored copies, generated tables, and any file of whose three-line passages more than half occur in
+    earlier files.
+    """
+    seen = set()
+    for name, path in sorted(_python_files().items(), key=lambda item: _hash(item[0])):
+        if LEFT_OUT.search(name):
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, FileNotFoundError):  # old encodings in the library's corners; an incomplete installation
+            continue
+        # a table is mostly digits and punctuation: ordinary code is four fifths letters
+        dense = "".join(text.split()).encode()
+        letters = len(dense) - len(dense.translate(None, b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_"))
+        if len(text) < 500 or letters < 0.6 * len(dense) or GENERATED.search(text, 0, 400):
+            continue
+        lines = [line for line in map(str.strip, text.splitlines()) if len(line) > 3]
+        passages = {zlib.crc32("\n".join(lines[i : i + 3]).encode()) for i in range(len(lines) - 2)}
+        if not passages or len(passages & seen) > len(passages) / 2:
+            continue
+        seen |= passages
+        yield _hash(name) % PYTHON_HELD_OUT == 0, text
+
+
+def _python_files():
+    library = Path(sysconfig.get_paths()["stdlib"])
+    files = {}
+    for path in library.rglob("*.py"):
+        name = path.relative_to(library).as_posix()
+        if "site-packages/" not in name and "dist-packages/" not in name:
+            files["python/" + name] = path
+    for distribution in _distributions():
+        for file in distribution.files or []:
+            if file.suffix == ".py":
+                files[file.as_posix()] = Path(distribution.locate_file(file))
+    return files
+
+
+def _distributions():
+    """The installed distributions that requirements.txt asks for, and those that they ask for in turn."""
+    wanted = [line for line in REQUIREMENTS.read_text().splitlines() if line.strip()]
+    found = {}
+    while wanted:
+        requirement = Requirement(wanted.pop())
+        name = canonicalize_name(requirement.name)
+        if name in found or requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found[name] = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        wanted += found[name].requires or []
+    return [found[name] for name in sorted(found)]
+
+
+# --- the user's own text
+
+TEXT_HELD_OUT = 20  # one document in twenty
+
+
+def text_documents(path):
+    """Documents of a text file, or of all .txt, .gz and .xz files under a folder; a line <|endoftext|> ends a document."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".gz", ".xz"))
+    if not files:
+        raise BadInput(f"--data {path}: no .txt, .gz, .xz or .bin file in this folder")
+    for file in files:
+        opener = {".gz": gzip.open, ".xz": lzma.open}.get(file.suffix, open)
+        try:
+            with opener(file, "rt", encoding="utf-8") as lines:
+                for at_separator, group in itertools.groupby(lines, key=lambda line: line.rstrip("\n") == END_OF_TEXT):
+                    text = "".join(group)
+                    if "\0" in text:
+                        raise BadInput(f"--data {file}: binary, not text")
+                    if not at_separator and text.strip():
+                        yield _hash(text) % TEXT_HELD_OUT == 0, text
+        except UnicodeDecodeError:
+            raise BadInput(f"--data {file}: not UTF-8 text") from None
+        except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
+            raise BadInput(f"--data {file}: damaged or cut short ({error})") from None
+
+
+# --- text to shards
+
+
+def _prepare(folder, data, vocabulary, fingerprint):
+    """Encodes every document and writes the shards with their meta.json; the folder appears when it is complete."""
+    started = time.time()
+    print(f"preparing the corpus {data} in the vocabulary {Path(vocabulary).stem} ...", flush=True)
+    encoding = load_vocabulary(vocabulary)
+    documents, shards = _encode(documents_of(data), encoding)
+    if not any(documents.values()):
+        raise BadInput(f"--data {data}: no text in it")
+    meta = {
+        "source": data,
+        "fingerprint": fingerprint,
+        "sha256": _sha256(shards.values()),
+        "vocabulary": "gpt2" if vocabulary == "gpt2" else "vocabulary.tiktoken",
+        "d_vocab": encoding.n_vocab,
+        "start_token": encoding.eot_token,
+        "documents": documents,
+        "tokens": {split: len(shard) for split, shard in shards.items()},
+    }
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        for split, name in SPLITS.items():
+            (partial / name).write_bytes(shard_header(len(shards[split])) + shards[split].tobytes())
+        if vocabulary != "gpt2":  # the vocabulary travels with the corpus
+            shutil.copyfile(vocabulary, partial / "vocabulary.tiktoken")
+        (partial / "meta.json").write_text(json.dumps(meta, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(
+        f"prepared in {time.time() - started:.0f} s: {len(shards['train']):,} tokens of {documents['train']:,} documents to train on,"
+        f" {len(shards['val']):,} of {documents['val']:,} held out; sha256 {meta['sha256'][:12]}",
+        flush=True,
+    )
+
+
+def _encode(documents, encoding):
+    """How many documents each split has, and its tokens; <|endoftext|> opens every document."""
+    parts = {split: [] for split in SPLITS}
+    while batch := list(itertools.islice(documents, 512)):
+        encoded = encoding.encode_ordinary_batch([text for _, text in batch], num_threads=os.cpu_count())
+        for (held_out, _), tokens in zip(batch, encoded, strict=True):
+            parts["val" if held_out else "train"].append(np.array([encoding.eot_token, *tokens], dtype=np.uint16))
+    documents = {split: len(part) for split, part in parts.items()}
+    empty = [np.zeros(0, dtype=np.uint16)]
+    shards = {split: np.concatenate(part or empty) for split, part in parts.items()}
+    if documents["val"] * 2 * TEXT_HELD_OUT < documents["train"] or documents["train"] == 0:
+        # too few documents to hold some out: the last tenth of the text has to do
+        stream = np.concatenate([shards["train"], shards["val"]])
+        cut = len(stream) - len(stream) // 10
+        shards = {"train": stream[:cut], "val": stream[cut:]}
+    return documents, shards
+
+
+def _fingerprint(data, vocabulary):
+    """Changes when the corpus has to be prepared again: another vocabulary, other files, other versions of the packages."""
+    if data == "python":
+        parts = [sys.version, *(f"{d.name} {d.version}" for d in _distributions())]
+    else:
+        path = Path(data)
+        files = [path] if path.is_file() else sorted(path.rglob("*"))
+        parts = [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    if vocabulary != "gpt2":
+        parts.append(hashlib.sha256(Path(vocabulary).read_bytes()).hexdigest())
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _read_meta(folder):
+    return json.loads((folder / "meta.json").read_text())
+
+
+def _hash(text):
+    return int.from_bytes(hashlib.sha256(text.encode()).digest())
+
+
+def _sha256(shards):
+    digest = hashlib.sha256()
+    for shard in shards:
+        digest.update(shard)
+    return digest.hexdigest()
+
+
+# --- shards that exist already
+
+
+def _open_shards(path, vocabulary):
+    """A .bin file, or a folder of them of which those with "val" in their names are held out; one alone gives its last tenth."""
+    files = [path] if path.is_file() else sorted(path.glob("*.bin"))
+    held_out = [file for file in files if re.search(r"(^|[_-])val", file.name)]
+    train, val = [read_shard(file) for file in files if file not in held_out], [read_shard(file) for file in held_out]
+    if not train or not val:
+        *train, last = train + val
+        cut = len(last) - len(last) // 10
+        train, val = [*train, last[:cut]], [last[cut:]]
+    encoding = None if vocabulary == "gpt2" else load_vocabulary(vocabulary)
+    d_vocab, start = (GPT2_TOKENS, GPT2_TOKENS - 1) if encoding is None else (encoding.n_vocab, encoding.eot_token)
+    return Corpus(path.stem, vocabulary, d_vocab, start, _sha256([*train, *val]), train, val)
+
+
+FINEWEB_URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/"
+FINEWEB_SHARDS = 103
+FINEWEB_SHARD_TOKENS = 100_000_000
+
+
+def fetch_fineweb(folder, n_tokens, url=FINEWEB_URL):
+    """Fetches the held-out shard and as many training shards as n_tokens need; what is already there is kept. -> folder"""
+    needed = max(1, -(-n_tokens // FINEWEB_SHARD_TOKENS))
+    if needed > FINEWEB_SHARDS:
+        print(f"FineWeb's public sample has {FINEWEB_SHARDS} shards; {n_tokens:,} tokens will repeat some of them")
+    names = ["val_000000", *(f"train_{n:06d}" for n in range(1, min(needed, FINEWEB_SHARDS) + 1))]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        download_shard(f"{url}fineweb_{name}.bin", folder / f"fineweb_{name}.bin")
+    return folder
+
+
+def download_shard(url, path, attempts=5, wait=2.0):
+    """Fetches one shard to `path`. A broken connection is taken up where it broke, now or at the next call; the file gets its
+    name only when its size and header are right. Gives up with BadInput after `attempts` tries in a row that brought nothing."""
+    if path.exists():
+        read_shard(path)
+        return
+    partial = path.with_name(path.name + ".partial")
+    failures = 0
+    while True:
+        before = partial.stat().st_size if partial.exists() else 0
+        try:
+            _download_rest(url, partial)
+            break
+        except urllib.error.HTTPError as error:
+            if error.code == 416:  # nothing after what is here: an earlier call was stopped just before it could rename the file
+                break
+            raise BadInput(f"could not fetch {url} ({error})") from None
+        except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
+            got = partial.stat().st_size if partial.exists() else 0
+            failures = 1 if got > before else failures + 1
+            if failures >= attempts:
+                raise BadInput(f"could not fetch {url} ({error}); run the same command again to go on from {got:,} bytes") from None
+            time.sleep(wait)
+    try:
+        read_shard(partial)
+    except BadInput as error:
+        partial.unlink()
+        raise BadInput(f"{url} is no token shard: {error}") from None
+    partial.rename(path)
+
+
+def _download_rest(url, partial):
+    """Appends to `partial` what it lacks. Raises if the server, or the connection, ends before the size it announced."""
+    have = partial.stat().st_size if partial.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
+    with urllib.request.urlopen(request, timeout=30) as response:
+        if response.status != 206:  # the server sends everything from the start
+            have = 0
+        total = have + int(response.headers["Content-Length"])
+        with open(partial, "ab" if have else "wb") as file:
+            shown = time.time()
+            while block := response.read(2**20):
+                file.write(block)
+                have += len(block)
+                if time.time() - shown > 5 or have == total:
+                    print(f"{partial.stem}: {have / 1e6:,.0f} of {total / 1e6:,.0f} MB", flush=True)
+                    shown = time.time()
+    if have != total:
+        raise http.client.HTTPException(f"connection closed after {have:,} of {total:,} bytes")
