@@ -1,0 +1,125 @@
+"""Causal attention, with keys that may be smeared and heads that may be local: the definition, and the CPU's fast path.
+
+    key'_j     = sigmoid(alpha) key_j + (1 - sigmoid(alpha)) key_{j-1}      smeared keys; the first key stays as it is
+    score_ij   = query_i . key'_j / sqrt(d_head)   where 0 <= i - j < window, elsewhere -inf
+    pattern_ij = softmax over j of score_ij
+    z_i        = sum_j pattern_ij value_j
+
+Shapes: q, k, v, z [batch, head, pos, d_head]; alpha [head]; pattern [batch, head, query, key]; windows one number a head.
+
+The plain way (`attention_reference`) writes and reads the T x T pattern half a dozen times and multiplies its empty upper
+half too. The CPU path (`_TiledAttention`) goes down the rows in tiles of 128 queries and multiplies only the keys that a
+tile can see: at T = 512 that is 62 % of the square, in matrix products large enough to run at the speed of the machine.
+It keeps the pattern for the backward pass, which then needs no second softmax; that is the bargain that
+`F.scaled_dot_product_attention` does not offer, and right as long as the pattern fits (`KEEP_PATTERN_BYTES`).
+"""
+
+import torch
+import torch.nn.functional as F
+
+TILE = 128
+# beyond this the pattern of one call is not worth keeping: recomputing it (SDPA) is slower but takes O(T) memory
+KEEP_PATTERN_BYTES = 512 * 2**20
+
+
+def attention(q, k, v, alpha=None, windows=None, kernels="torch"):
+    """Attention output z [batch, head, pos, d_head], differentiable in q, k, v and alpha (module docstring: definition).
+
+    alpha [head] smears the keys (None: not). windows: for each head the number of positions that a query sees,
+    itself included (None: all). kernels: "reference" or "torch"; both mean the same up to rounding.
+    """
+    if kernels == "reference":
+        return attention_reference(q, k, v, alpha, windows)
+    if alpha is not None:
+        k = smear_keys(k, alpha)
+    batch, n_heads, n_ctx, _ = q.shape
+    pattern_bytes = batch * n_heads * n_ctx * (n_ctx + TILE) // 2 * q.element_size()
+    if q.device.type == "cpu" and pattern_bytes <= KEEP_PATTERN_BYTES:
+        return _TiledAttention.apply(q, k, v, windows)
+    if windows is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible(n_ctx, n_ctx, windows, q.device))
+
+
+def attention_reference(q, k, v, alpha=None, windows=None):
+    """The definition, line by line; see `attention`."""
+    return attention_pattern(q, k, alpha, windows) @ v
+
+
+def attention_pattern(q, k, alpha=None, windows=None):
+    """The attention pattern [batch, head, query, key]: rows sum to 1, keys after the query get exactly 0."""
+    if alpha is not None:
+        k = smear_keys(k, alpha)
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    mask = visible(q.shape[-2], k.shape[-2], windows, q.device)
+    return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+
+
+def smear_keys(k, alpha):
+    """k_j <- sigmoid(alpha) k_j + (1 - sigmoid(alpha)) k_{j-1}, head by head; the first key is unchanged.
+
+    This is the paper's architectural perturbation (Argument 2): induction without a previous-token head.
+    """
+    share = torch.sigmoid(alpha).to(k.dtype)[:, None, None]  # [head, 1, 1]
+    return torch.cat([k[:, :, :1], torch.lerp(k[:, :, :-1], k[:, :, 1:], share)], dim=2)
+
+
+def visible(n_queries, n_keys, windows=None, device=None):
+    """Which keys a query may see: bool [query, key], or [head, query, key] with a window for each head.
+
+    The last query stands at the last key, so that a tile of rows is `visible(rows, keys up to its last row)`.
+    """
+    distance = torch.arange(n_queries, device=device)[:, None] - torch.arange(n_keys, device=device) + n_keys - n_queries
+    if windows is None:
+        return distance >= 0
+    return (distance >= 0) & (distance < torch.tensor(windows, device=device)[:, None, None])
+
+
+class _TiledAttention(torch.autograd.Function):
+    """Causal attention in tiles of rows, the pattern kept for backward; float32 on the CPU."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, windows):
+        batch, n_heads, n_ctx, d_head = q.shape
+        q, k, v = (x.reshape(batch * n_heads, n_ctx, d_head) for x in (q, k, v))
+        z = torch.empty_like(q)
+        patterns = []
+        for start, stop in _tiles(n_ctx):
+            scores = torch.bmm(q[:, start:stop], k[:, :stop].transpose(1, 2)).mul_(d_head**-0.5)
+            _mask(scores, start, stop, windows)
+            pattern = torch.softmax(scores, dim=-1)
+            z[:, start:stop] = torch.bmm(pattern, v[:, :stop])
+            if any(ctx.needs_input_grad):
+                patterns.append(pattern)
+        ctx.save_for_backward(q, k, v, z, *patterns)
+        return z.view(batch, n_heads, n_ctx, d_head)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, z, *patterns = ctx.saved_tensors
+        n_ctx, d_head = q.shape[1:]
+        shape, grad = grad.shape, grad.reshape(q.shape)
+        # a row of the softmax's Jacobian needs sum_j pattern_ij dpattern_ij, which is grad_i . z_i
+        row_sum = (grad * z).sum(-1, keepdim=True)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for (start, stop), pattern in zip(_tiles(n_ctx), patterns, strict=True):
+            grad_tile, q_tile = grad[:, start:stop], q[:, start:stop]
+            dv[:, :stop] += torch.bmm(pattern.transpose(1, 2), grad_tile)
+            dscores = torch.bmm(grad_tile, v[:, :stop].transpose(1, 2)).sub_(row_sum[:, start:stop])
+            dscores.mul_(pattern).mul_(d_head**-0.5)
+            dq[:, start:stop] = torch.bmm(dscores, k[:, :stop])
+            dk[:, :stop] += torch.bmm(dscores.transpose(1, 2), q_tile)
+        return dq.view(shape), dk.view(shape), dv.view(shape), None
+
+
+def _tiles(n_ctx):
+    return [(start, min(start + TILE, n_ctx)) for start in range(0, n_ctx, TILE)]
+
+
+def _mask(scores, start, stop, windows):
+    """Writes -inf over what the rows start..stop may not see. scores [batch * head, row, key up to stop]."""
+    if windows is None:  # only the diagonal tile has hidden keys
+        scores[:, :, start:].masked_fill_(~visible(stop - start, stop - start), float("-inf"))
+    else:
+        hidden = ~visible(stop - start, stop, windows)
+        scores.view(-1, *hidden.shape).masked_fill_(hidden, float("-inf"))
