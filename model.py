@@ -1,0 +1,322 @@
+"""The transformer of the paper, its sizes, and its snapshots on disk.
+
+A decoder-only, pre-LayerNorm transformer that can be attention-only (`d_mlp = 0`), as in "A Mathematical Framework for
+Transformer Circuits". Two things differ from GPT-2, both because the paper's argument needs them:
+
+- Positions never enter the residual stream. A fixed sinusoid is added to the input of W_Q and W_K in every layer, after the
+  LayerNorm (Press et al. 2020, section 5.1). Heads see where tokens are but cannot copy positions around, which leaves
+  K-composition as the only way for two layers to build an induction head.
+- Keys may be smeared (`smear`): every head mixes a share of the previous token's key into each key, which hands a single layer
+  what otherwise takes a previous-token head.
+
+Row vectors throughout: `resid @ W`. So QK = W_Q @ W_K.T and OV = W_V @ W_O for each head. Weights have TransformerLens' names and
+shapes. Shapes below: resid [batch, pos, d_model]; q k v z [batch, head, pos, d_head]; pattern [batch, head, query, key].
+"""
+
+import dataclasses
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kernels.attention import attention, attention_pattern
+from kernels.cross_entropy import linear_cross_entropy
+from safety import BadInput, write_whole
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything that decides the weights' shapes and what they mean."""
+
+    n_layers: int
+    d_model: int
+    n_heads: int
+    d_head: int
+    d_mlp: int  # 0: attention-only
+    n_ctx: int  # longest input, start token included
+    d_vocab: int
+    smear: bool = False
+    # for each head of a layer how many positions it sees, itself included; None: all heads see everything
+    windows: tuple[int, ...] | None = None
+    # the sinusoid: amplitude, and the wavelengths in radians a token, from max_frequency down to max_frequency / base
+    position_scale: float = 1.0
+    position_base: float = 10_000.0
+    position_max_frequency: float = 1.0
+
+    def __post_init__(self):
+        for name in ("n_layers", "d_model", "n_heads", "d_head", "n_ctx", "d_vocab"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise BadInput(f"{name} is {value!r}: it must be a whole number of at least 1")
+        if self.d_model % 2 or not isinstance(self.d_mlp, int) or self.d_mlp < 0:
+            raise BadInput(f"d_model {self.d_model} must be even, d_mlp {self.d_mlp!r} a whole number")
+        if self.windows is not None and (len(self.windows) != self.n_heads or min(self.windows) < 1):
+            raise BadInput(f"windows {self.windows}: one number of at least 1 for each of the {self.n_heads} heads")
+
+
+# The three sizes of the small series. mini trains in minutes on two CPU cores; small on one GPU; paper is the paper's own.
+# d_head is 64 everywhere: it is the one size that the phase change depends on most when models shrink.
+SCALES = {
+    "mini": dict(
+        d_model=128, n_heads=2, d_head=64, n_ctx=512,
+        position_scale=4.0, position_base=300.0, position_max_frequency=2.5,
+    ),
+    "small": dict(d_model=768, n_heads=12, d_head=64, n_ctx=1024),
+    "paper": dict(d_model=768, n_heads=12, d_head=64, n_ctx=8192),
+}  # fmt: skip
+
+
+def config_for(scale, n_layers, attn_only, d_vocab, smear=False):
+    """The model of the small series with that many layers, at one of the three scales."""
+    sizes = SCALES[scale]
+    return ModelConfig(
+        n_layers=n_layers, d_mlp=0 if attn_only else 4 * sizes["d_model"], d_vocab=d_vocab, smear=smear, **sizes
+    )
+
+
+def _full_scale(n_layers, n_heads, d_head):
+    """Dense and local heads in equal number. The paper names neither their ratio nor the window: 256 is our choice."""
+    d_model = n_heads * d_head
+    return ModelConfig(
+        n_layers, d_model, n_heads, d_head, 4 * d_model, 8192, 2**16, windows=(8192, 256) * (n_heads // 2)
+    )
+
+
+# Every model shape of the paper by name, at the paper's scale. The books series has the shapes of the small one.
+SERIES = {
+    **{f"small-attn-only-{n}": config_for("paper", n, True, 2**16) for n in range(1, 7)},
+    **{f"small-mlp-{n}": config_for("paper", n, False, 2**16) for n in range(1, 7)},
+    **{f"smear-{n}": config_for("paper", n, True, 2**16, smear=True) for n in (1, 2)},
+    **{f"smear-control-{n}": config_for("paper", n, True, 2**16) for n in (1, 2)},
+    "full-13M": _full_scale(4, 8, 64),
+    "full-42M": _full_scale(6, 12, 64),
+    "full-200M": _full_scale(10, 20, 64),
+    "full-810M": _full_scale(16, 32, 64),
+    "full-2.7B": _full_scale(24, 48, 64),
+    "full-13B": _full_scale(40, 40, 128),
+}
+
+
+class LayerNorm(nn.Module):
+    def __init__(self, d_model):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(d_model))
+        self.b = nn.Parameter(torch.zeros(d_model))
+
+    def forward(self, resid):
+        return F.layer_norm(resid, self.w.shape, self.w, self.b)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        into_head = (config.n_heads, config.d_model, config.d_head)
+        self.W_Q = nn.Parameter(torch.empty(into_head))
+        self.W_K = nn.Parameter(torch.empty(into_head))
+        self.W_V = nn.Parameter(torch.empty(into_head))
+        self.W_O = nn.Parameter(torch.empty(config.n_heads, config.d_head, config.d_model))
+        # sigmoid(alpha) is the share of a token's own key; 0 starts half and half
+        self.alpha = nn.Parameter(torch.zeros(config.n_heads)) if config.smear else None
+        self.windows = config.windows
+
+    def forward(self, x, positions, kernels, touch):
+        with_position = x + positions
+        q = touch("q", _per_head(with_position, self.W_Q))
+        k = touch("k", _per_head(with_position, self.W_K))
+        v = touch("v", _per_head(x, self.W_V))
+        if touch is _untouched:
+            z = attention(q, k, v, self.alpha, self.windows, kernels)
+        else:  # somebody is looking: the pattern has to exist
+            z = touch("pattern", attention_pattern(q, k, self.alpha, self.windows)) @ v
+        z = touch("z", z)
+        return z.transpose(1, 2).flatten(2) @ self.W_O.flatten(0, 1).to(z.dtype)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.W_in = nn.Parameter(torch.empty(config.d_model, config.d_mlp))
+        self.b_in = nn.Parameter(torch.zeros(config.d_mlp))
+        self.W_out = nn.Parameter(torch.empty(config.d_mlp, config.d_model))
+        self.b_out = nn.Parameter(torch.zeros(config.d_model))
+
+    def forward(self, x):
+        hidden = F.gelu(x @ self.W_in.to(x.dtype) + self.b_in.to(x.dtype))
+        return hidden @ self.W_out.to(x.dtype) + self.b_out.to(x.dtype)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln1 = LayerNorm(config.d_model)
+        self.attn = Attention(config)
+        if config.d_mlp:
+            self.ln2 = LayerNorm(config.d_model)
+            self.mlp = MLP(config)
+        else:
+            self.mlp = None
+
+    def forward(self, resid, positions, dtype, kernels, touch):
+        resid = touch("resid_pre", resid)
+        resid = resid + self.attn(self.ln1(resid).to(dtype), positions, kernels, touch)
+        resid = touch("resid_mid", resid)
+        if self.mlp:
+            resid = resid + touch("mlp_out", self.mlp(self.ln2(resid).to(dtype)))
+        return touch("resid_post", resid)
+
+
+class Transformer(nn.Module):
+    """`model(tokens)` -> logits; `model.losses(tokens, targets)` -> nats for each token, without the logits in memory.
+
+    Both take `hook(name, layer, value)`, called on resid_pre, q, k, v, pattern, z, resid_mid, mlp_out and resid_post of every
+    layer and on resid_final: what it returns replaces the value, None keeps it. Without a hook no pattern exists in memory.
+
+    kernels: "reference" or "torch". dtype: of the matrix products; weights and the residual stream stay in float32.
+    """
+
+    def __init__(self, config, kernels="torch", dtype=torch.float32):
+        super().__init__()
+        self.config = config
+        self.kernels = kernels
+        self.dtype = dtype
+        self.embed = nn.ParameterDict({"W_E": torch.empty(config.d_vocab, config.d_model)})
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.ln_final = LayerNorm(config.d_model)
+        self.unembed = nn.ParameterDict({"W_U": torch.empty(config.d_model, config.d_vocab)})
+        self.register_buffer("positions", sinusoid(config), persistent=False)  # [n_ctx, d_model]
+
+    def init_weights(self, seed):
+        """Matrices normal with deviation 0.02, gains 1, biases 0; the same weights for the same seed on every device."""
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                values = torch.randn(parameter.shape, generator=generator) * 0.02
+                parameter.data.copy_(values)
+        return self
+
+    def residual(self, tokens, hook=None):
+        """tokens [batch, pos] -> the residual stream after the final LayerNorm [batch, pos, d_model], in `dtype`."""
+        n_ctx = tokens.shape[1]
+        if n_ctx > self.config.n_ctx:
+            raise BadInput(f"{n_ctx} tokens are longer than the model's context of {self.config.n_ctx}")
+        positions = self.positions[:n_ctx].to(self.dtype)
+        resid = self.embed["W_E"][tokens]
+        for layer, block in enumerate(self.blocks):
+            resid = block(resid, positions, self.dtype, self.kernels, _touching(hook, layer))
+        return _touching(hook, len(self.blocks))("resid_final", self.ln_final(resid).to(self.dtype))
+
+    def forward(self, tokens, hook=None):
+        """tokens [batch, pos] -> logits [batch, pos, d_vocab]."""
+        return self.residual(tokens, hook) @ self.unembed["W_U"].to(self.dtype)
+
+    def losses(self, tokens, targets, hook=None):
+        """Cross-entropy in nats at every position: tokens, targets [batch, pos] -> [batch, pos], float32."""
+        resid = self.residual(tokens, hook)
+        W_U = self.unembed["W_U"].to(self.dtype)
+        return linear_cross_entropy(resid.flatten(0, 1), W_U, targets.flatten(), self.kernels).view(targets.shape)
+
+
+def sinusoid(config):
+    """The fixed position signal added to the inputs of W_Q and W_K, [n_ctx, d_model]: sines, then cosines.
+
+    A shift by any number of positions is one rotation of this vector, which W_Q W_K^T can learn: so a head can look at "one
+    token back" wherever it stands.
+    """
+    position = torch.arange(config.n_ctx, dtype=torch.float64)[:, None]
+    exponent = torch.arange(config.d_model // 2, dtype=torch.float64) / (config.d_model / 2)
+    angle = position * config.position_max_frequency * config.position_base**-exponent
+    return (config.position_scale * torch.cat([angle.sin(), angle.cos()], dim=1)).float()
+
+
+def count_parameters(model):
+    """All parameters, and those of the blocks alone: the paper counts the latter ("non-embedding")."""
+    everything = sum(p.numel() for p in model.parameters())
+    matrices = sum(p.numel() for block in model.blocks for p in block.parameters() if p.dim() > 1)
+    return everything, matrices
+
+
+def save_snapshot(path, model, about):
+    """Weights, sizes and provenance (`about`: plain numbers, strings, lists and dictionaries) in one file."""
+    weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    content = {"config": dataclasses.asdict(model.config), "weights": weights, "about": about}
+    write_whole(path, lambda temporary: save_tensors(content, temporary))
+
+
+def load_snapshot(path, **options):
+    """-> (model, about). The file may come from a stranger: it can run no code, and no memory is taken that it does not back.
+
+    options: kernels and dtype, as for Transformer. Raises BadInput if the file is not a whole snapshot of this program.
+    """
+    content = load_tensors(path)
+    try:
+        about, weights = dict(content["about"]), dict(content["weights"])
+        config = dict(content["config"])
+        if config["windows"] is not None:
+            config["windows"] = tuple(config["windows"])
+        config = ModelConfig(**config)
+    except (KeyError, TypeError, ValueError, BadInput) as error:
+        raise BadInput(f"{path}: not a snapshot written by train.py ({error})") from None
+    # the sizes are only the file's word so far: build nothing larger than the file itself before they are checked
+    n_bytes = Path(path).stat().st_size
+    if config.n_layers > len(weights) or 4 * config.n_ctx * config.d_model > max(n_bytes, 2**26):
+        raise BadInput(f"{path}: a damaged snapshot: it has {len(weights)} weights, too few for {config}")
+    with torch.device("meta"):
+        expected = Transformer(config).state_dict()
+    for name in expected.keys() | weights.keys():
+        wanted, found = expected.get(name), weights.get(name)
+        if wanted is None or not torch.is_tensor(found) or found.shape != wanted.shape or found.dtype != wanted.dtype:
+            raise BadInput(f"{path}: a damaged snapshot: {name} is missing, unknown or of another shape than its sizes say")
+    if 4 * sum(tensor.numel() for tensor in expected.values()) > n_bytes:
+        raise BadInput(f"{path}: a damaged snapshot: its weights are larger than the file")
+    model = Transformer(config, **options)
+    model.load_state_dict(weights)
+    return model, about
+
+
+def save_tensors(content, path):
+    """Tensors and plain values to a file; a full disk raises OSError, as for any other file."""
+    with open(path, "wb") as file:
+        torch.save(content, file)
+
+
+def load_tensors(path):
+    """What torch.save wrote to `path`: tensors and plain values only. Anything else in the file, code above all, is BadInput."""
+    if not zipfile.is_zipfile(path):
+        raise BadInput(f"{path}: damaged, cut short, or not written by train.py")
+    try:
+        with zipfile.ZipFile(path) as file:
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in file.infolist())
+        # torch.save compresses nothing, and a compressed entry could unpack to any size
+        content = torch.load(path, map_location="cpu", weights_only=True) if stored else None
+    except Exception as error:  # a stranger's file can fail in any way
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise BadInput(f"{path}: damaged, or not made of tensors alone; not opened ({reason})") from None
+    if not isinstance(content, dict):
+        raise BadInput(f"{path}: holds a {type(content).__name__}, not what train.py writes")
+    return content
+
+
+def _per_head(x, W):
+    """x [batch, pos, d_model] @ W [head, d_model, d_head] -> [batch, head, pos, d_head], as one matrix product."""
+    n_heads, d_model, d_head = W.shape
+    flat = W.transpose(0, 1).reshape(d_model, n_heads * d_head).to(x.dtype)
+    return (x @ flat).view(*x.shape[:2], n_heads, d_head).transpose(1, 2)
+
+
+def _untouched(name, value):
+    return value
+
+
+def _touching(hook, layer):
+    """The model calls `touch(name, value)`; the user's hook is `hook(name, layer, value)` and may return nothing."""
+    if hook is None:
+        return _untouched
+
+    def touch(name, value):
+        replacement = hook(name, layer, value)
+        return value if replacement is None else replacement
+
+    return touch
