@@ -1,0 +1,154 @@
+"""Every number of the paper as a pure function of tensors: no model, no files, no randomness.
+
+Positions are counted from 1, as in the paper: position i is the token predicted from the start token and i - 1
+tokens of context. Losses are in nats. Patterns are [batch, head, query, key], rows summing to 1.
+"""
+
+import torch
+
+EARLY, LATE = 50, 500
+EARLY_BAND, LATE_BAND = (40, 60), (480, 511)
+
+
+def in_context_learning_score(losses, early=EARLY, late=LATE):
+    """Loss at the 500th token minus loss at the 50th ("Key concepts"): negative, and the more so the better the
+    model uses its context.
+
+    losses [example, pos] -> (score, its standard error over the examples), nats.
+    """
+    return _mean_and_error(losses[:, late - 1] - losses[:, early - 1])
+
+
+def band_score(losses, early=EARLY_BAND, late=LATE_BAND):
+    """The in-context learning score with each of its two positions widened to a band, both ends included.
+
+    The same quantity with a quarter of the noise, for finding the phase change in few examples; (score, error).
+    """
+    late_loss = losses[:, late[0] - 1 : late[1]].mean(dim=1)
+    return _mean_and_error(late_loss - losses[:, early[0] - 1 : early[1]].mean(dim=1))
+
+
+def _mean_and_error(values):
+    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
+
+
+def log_position_derivative(loss_by_position, n_bins=32, first=4):
+    """d loss / d ln(position): what one e-fold more context is worth ("loss derivatives"), nats.
+
+    loss_by_position [snapshot, pos] -> (bin centres [bin], derivative [snapshot, bin]). The loss is averaged over
+    bins of equal width in ln(position) from position `first` on, then differentiated: single positions are noise.
+    """
+    n_ctx = loss_by_position.shape[-1]
+    edges = torch.logspace(0, 1, n_bins + 1, base=n_ctx / first, dtype=torch.float64) * first
+    edges = edges.round().long().unique()
+    edges[-1] = n_ctx + 1
+    pieces = [loss_by_position[:, a - 1 : b - 1] for a, b in zip(edges, edges[1:], strict=False)]
+    log_position = torch.arange(1, n_ctx + 1, dtype=loss_by_position.dtype).log()
+    centres = torch.stack([log_position[a - 1 : b - 1].mean() for a, b in zip(edges, edges[1:], strict=False)])
+    binned = torch.stack([piece.mean(dim=1) for piece in pieces], dim=1)
+    return centres.exp(), torch.gradient(binned, spacing=(centres,), dim=1)[0]
+
+
+def prefix_matching_keys(tokens, offset=1):
+    """The keys that count as prefix matching: bool [batch, query, key].
+
+    Key k counts for query q if the token at k - offset is q's own token, seen before q. offset 1 is the definition
+    (attend to what came next the last times); 0 is a duplicate-token head and -1 the literal reading of the
+    article's text, both kept as controls. Position 0, the start token, is nobody's copy.
+    """
+    n_ctx = tokens.shape[1]
+    key = torch.arange(n_ctx, device=tokens.device)
+    query, copy = key[:, None], key - offset
+    earlier_copy = (copy >= 1) & (copy < query) & (key <= query)
+    same_token = tokens[:, :, None] == tokens[:, copy.clamp(0, n_ctx - 1)][:, None, :]
+    return same_token & earlier_copy
+
+
+def prefix_matching_score(pattern, tokens, offset=1):
+    """How much of its attention a head spends on the tokens that followed earlier copies of the present token.
+
+    pattern [batch, head, query, key] over start-token-led repeated random `tokens` [batch, pos] -> [head], 0 to 1.
+    Summed over all earlier copies, averaged over the queries that have one (paper: evaluators; a mean over the
+    entries themselves could not exceed one half). An ideal induction head has 1, uniform attention 0.0307 on the
+    paper's 4 x 25 tokens.
+    """
+    keys = prefix_matching_keys(tokens, offset)
+    queries = prefix_matching_keys(tokens).any(dim=-1)  # the same rows for every offset
+    mass = (pattern * keys[:, None]).sum(dim=-1)  # [batch, head, query]
+    return (mass * queries[:, None]).sum(dim=(0, 2)) / queries.sum()
+
+
+def previous_token_score(pattern):
+    """Mean attention from a token to the one before it: [batch, head, query, key] -> [head], 0 to 1."""
+    return pattern.diagonal(-1, dim1=2, dim2=3).mean(dim=(0, 2))
+
+
+def copying_score(pattern, logit_effect):
+    """Does a head raise the logit of the token it attends to, more than of the other tokens of the sample?
+
+    pattern [batch, head, query, key]; logit_effect [batch, head, key, token]: what the value at a key adds to the
+    logit of each token of the sample, minus the mean over the whole vocabulary, with tokens in the order of the keys
+    (so that [j, j] is a key's own token). -> [head], from -1 (raises only others) to 1 (only the attended token).
+
+    Only raises count. With a the raise of attended tokens and T the raise of all tokens of the sample, both weighted
+    by attention, the paper's ratio "0 to 0.5" is a / (a + T), scaled to [-1, 1]. A head that raises all 25 tokens
+    alike has -0.85; the score is positive if more than a third of the raise goes to the attended token.
+    """
+    raised = logit_effect.relu()
+    attention = pattern.sum(dim=2)  # [batch, head, key]
+    own = (attention * raised.diagonal(dim1=2, dim2=3)).sum(dim=(0, 2))
+    total = (attention * raised.sum(dim=3)).sum(dim=(0, 2))
+    ratio = torch.where(total > 0, own / (own + total), torch.zeros_like(own))  # nothing raised: nothing copied
+    return 4 * ratio - 1
+
+
+# a head's class is read off its scores at these thresholds; the paper names none, and in its scatter plots heads are
+# near 0 or above 0.5
+INDUCTION_PREFIX_MATCHING, PREVIOUS_TOKEN = 0.4, 0.4
+
+
+def head_class(prefix_matching, copying, previous_token):
+    """ "induction" (prefix matching and copying), "previous token" or "other", from one head's three scores."""
+    if prefix_matching >= INDUCTION_PREFIX_MATCHING and copying > 0:
+        return "induction"
+    return "previous token" if previous_token >= PREVIOUS_TOKEN else "other"
+
+
+def phase_change(scores, tokens, smallest=0.1):
+    """The stretch of training in which in-context learning appears: (first, last) snapshot index, or None.
+
+    scores: in-context learning score of each snapshot; tokens: trained on by then. The score is smoothed over five
+    snapshots; the change is the stretch around its steepest descent where it falls at least a quarter as fast,
+    leaving out the first 2 % of training. None if it falls by less than `smallest` nats there. (The paper selects
+    its interval "based on the derivative of the in-context learning score" and says no more.)
+    """
+    scores, tokens = torch.as_tensor(scores, dtype=torch.float64), torch.as_tensor(tokens, dtype=torch.float64)
+    if len(scores) < 5:
+        return None
+    smooth = _smooth(scores)
+    slope = torch.gradient(smooth, spacing=(tokens,))[0]
+    slope[tokens < 0.02 * tokens[-1]] = 0.0
+    steepest = int(slope.argmin())
+    if slope[steepest] >= 0:
+        return None
+    fast = slope < 0.25 * slope[steepest]
+    first = last = steepest
+    while first > 0 and fast[first - 1]:
+        first -= 1
+    while last < len(fast) - 1 and fast[last + 1]:
+        last += 1
+    return (first, last) if smooth[first] - smooth[last] >= smallest else None
+
+
+def half_way(values):
+    """Index of the first snapshot at which `values` has made half its way from its first value to its last."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    progress = (values - values[0]) / (values[-1] - values[0])
+    return int((progress >= 0.5).nonzero()[0])
+
+
+def _smooth(values, width=5):
+    """Running mean; near the ends over the fewer values that lie symmetrically around."""
+    half = width // 2
+    reach = [min(half, n, len(values) - 1 - n) for n in range(len(values))]
+    return torch.stack([values[n - r : n + r + 1].mean() for n, r in enumerate(reach)])
