@@ -1,0 +1,341 @@
+"""Measures snapshots: losses, in-context learning, and what every attention head does.
+
+    python evaluate.py runs/NAME                  every snapshot of a run, on more examples than training could afford
+    python evaluate.py runs/NAME/snapshots/X.pt   one snapshot: a table of its heads
+
+`train.py` calls `measure` on each snapshot as it takes it. A record holds, for one snapshot, the paper's quantities
+(see metrics.py): in-context learning score, loss by position, the per-token loss vector and three scores for each head.
+The examples are held-out rows and random-token sequences that are the same for every model, snapshot and seed.
+"""
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import metrics
+from corpora import BUILT_IN, open_corpus
+from data import EVALUATION_SEED, evaluation_rows, random_sequences
+from model import load_snapshot
+from parallel import Cores, Ranks
+from records import read_json, write_json, write_records
+from safety import ArgumentParser, BadInput, one_line_errors
+
+HEAD_SCORES = ("prefix_matching", "copying", "previous_token")
+N_CTX = 512  # of every evaluation, whatever the model's own context, as in the paper
+ROWS_AT_ONCE = {"cpu": 8, "cuda": 64}  # for each core
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """What every snapshot is measured on."""
+
+    inputs: torch.Tensor  # [example, 512]
+    targets: torch.Tensor  # [example, 512]
+    token_index: torch.Tensor  # [example]: the one token of each example that enters the per-token loss vector
+    repeated: torch.Tensor  # [10, 101]: start token, then 25 random tokens four times
+    random: torch.Tensor  # [10, 25]: 25 random tokens, no start token (the paper's footnote 31)
+
+    def __len__(self):
+        return len(self.inputs)
+
+    def to(self, device):
+        return Examples(*(getattr(self, f.name).to(device) for f in dataclasses.fields(self)))
+
+
+def draw_examples(corpus, n_examples):
+    """The first n_examples of the fixed held-out examples, with the sequences that test heads."""
+    if n_examples < 2:
+        raise BadInput(f"{n_examples} examples: at least 2 are needed for a standard error")
+    inputs, targets = evaluation_rows(corpus, N_CTX, n_examples)
+    token_index = np.random.default_rng(EVALUATION_SEED).integers(N_CTX, size=n_examples)
+    return Examples(
+        inputs,
+        targets,
+        torch.from_numpy(token_index),
+        repeated=random_sequences(corpus, repeats=4),
+        random=random_sequences(corpus, start=False),
+    )
+
+
+@torch.no_grad()
+def measure(model, examples, cores, ranks):
+    """One snapshot's record: {name: float or float32 array}; every quantity is defined in metrics.py."""
+    losses = example_losses(model, examples, cores, ranks)
+    score, score_error = metrics.in_context_learning_score(losses)
+    band, band_error = metrics.band_score(losses)
+    record = {
+        "loss": losses.mean().item(),
+        "icl_score": score,
+        "icl_score_error": score_error,
+        "icl_band_score": band,
+        "icl_band_score_error": band_error,
+        "loss_by_position": losses.mean(dim=0),
+        "per_token_loss": losses.gather(1, examples.token_index.cpu()[:, None]).squeeze(1),
+    }
+    positions, derivative = metrics.log_position_derivative(losses.mean(dim=0, keepdim=True))
+    record |= {"derivative_position": positions, "loss_derivative": derivative[0]}
+    record |= head_scores(model, examples)
+    return {name: value.numpy(force=True) if torch.is_tensor(value) else value for name, value in record.items()}
+
+
+def example_losses(model, examples, cores, ranks):
+    """Loss of every token of every example, [example, 512], float32 on the CPU."""
+    at_once = ROWS_AT_ONCE[examples.inputs.device.type] * cores.count
+    inputs, targets = ranks.share(examples.inputs), ranks.share(examples.targets)
+    without_gradient = torch.no_grad()(model.losses)  # gradients are switched off for each thread
+    parts = []
+    for rows in zip(inputs.split(at_once), targets.split(at_once), strict=True):
+        parts += cores(without_gradient, *rows)
+    return ranks.gather(torch.cat(parts).float().cpu())
+
+
+@torch.no_grad()
+def head_scores(model, examples):
+    """Prefix matching, copying and previous-token score of every head, each [layer, head]; the share of its own key that
+    each head keeps, if keys are smeared. Patterns are scored as they arise, one layer at a time."""
+    scores = {}
+
+    def score(name, value):
+        scores.setdefault(name, []).append(value)
+
+    def on_repeated(name, layer, value):
+        if name == "pattern":
+            score("prefix_matching", metrics.prefix_matching_score(value, examples.repeated))
+            score("match_itself", metrics.prefix_matching_score(value, examples.repeated, offset=0))
+            score("match_before", metrics.prefix_matching_score(value, examples.repeated, offset=-1))
+
+    def on_text(name, layer, value):
+        if name == "pattern":
+            score("previous_token", metrics.previous_token_score(value))
+
+    values = {}
+
+    def on_random(name, layer, value):
+        if name == "v":
+            values[layer] = value
+        if name == "pattern":
+            effect = logit_effect(model, layer, values.pop(layer), examples.random)
+            score("copying", metrics.copying_score(value, effect))
+
+    model.residual(examples.repeated, on_repeated)
+    model.residual(examples.inputs[:10], on_text)
+    model.residual(examples.random, on_random)
+    if model.config.smear:
+        scores["own_key_share"] = [torch.sigmoid(block.attn.alpha) for block in model.blocks]
+    return {name: torch.stack(layers) for name, layers in scores.items()}
+
+
+def logit_effect(model, layer, v, tokens):
+    """What the value at each position would add to the logits of the sequence's own tokens if fully attended to: straight
+    through W_O and the unembedding, relative to the mean over the vocabulary.
+
+    v [batch, head, pos, d_head], tokens [batch, pos] -> [batch, head, pos, token]. The final LayerNorm enters through its
+    centring and its gain; its scale, which is the same for all tokens, is left out.
+    """
+    W_U = model.ln_final.w[:, None] * model.unembed["W_U"]
+    W_U = W_U - W_U.mean(dim=1, keepdim=True)
+    W_U = W_U - W_U.mean(dim=0, keepdim=True)
+    result = v.float() @ model.blocks[layer].attn.W_O  # [batch, head, pos, d_model]
+    return result @ W_U[:, tokens].transpose(0, 1)[:, None]
+
+
+def find_phase_change(records):
+    """(first, last) index into records, or None. Found on the band score, the less noisy form of the same quantity."""
+    return metrics.phase_change([r["icl_band_score"] for r in records], [r["tokens"] for r in records])
+
+
+def summarise(records, measure_again):
+    """What a run shows, on a page: the measured part of summary.json.
+
+    The phase change is found in the records of all snapshots. The numbers given for its start and end and for the end of
+    training come from `measure_again(index)`, which may use more examples.
+    """
+    last = measure_again(len(records) - 1)
+    shown = {
+        "loss": last["loss"],
+        "icl_score": last["icl_score"],
+        "icl_score_error": last["icl_score_error"],
+        "icl_before": None,
+        "icl_after": None,
+        "phase_change": None,
+        "best_prefix_matching": best_head(last["prefix_matching"]),
+        "best_previous_token": best_head(last["previous_token"]),
+        "heads": heads_table(last),
+    }
+    window = find_phase_change(records)
+    if window:
+        start, end = (records[n] for n in window)
+        before, after = (measure_again(n) for n in window)
+        shown |= {
+            "icl_before": before["icl_score"],
+            "icl_before_error": before["icl_score_error"],
+            "icl_after": after["icl_score"],
+            "icl_after_error": after["icl_score_error"],
+            "best_prefix_matching_before": best_head(before["prefix_matching"]),
+            "best_prefix_matching_after": best_head(after["prefix_matching"]),
+        }
+        shown["phase_change"] = {
+            "start_step": int(start["step"]),
+            "end_step": int(end["step"]),
+            "start_tokens": int(start["tokens"]),
+            "end_tokens": int(end["tokens"]),
+            # the snapshots by which score and best head have made half their way: do they come together?
+            "icl_half_way_snapshot": metrics.half_way([r["icl_band_score"] for r in records]),
+            "prefix_matching_half_way_snapshot": metrics.half_way([r["prefix_matching"].max() for r in records]),
+        }
+    return shown
+
+
+def best_head(scores):
+    """{"head": "layer:head", "score"} of the highest score in [layer, head]."""
+    layer, head = np.unravel_index(scores.argmax(), scores.shape)
+    return {"head": f"{layer}:{head}", "score": round(float(scores[layer, head]), 4)}
+
+
+def heads_table(record):
+    """One row for each head: its name `layer:head`, its three scores and its class."""
+    rows = []
+    for layer, head in np.ndindex(record["prefix_matching"].shape):
+        scores = {name: round(float(record[name][layer, head]), 4) for name in HEAD_SCORES}
+        rows.append({"head": f"{layer}:{head}", **scores, "class": metrics.head_class(**scores)})
+    return rows
+
+
+def print_heads(rows):
+    print("  head  prefix matching  copying  previous token  class")
+    for row in rows:
+        print(
+            f"{row['head']:>6}  {row['prefix_matching']:>15.3f}  {row['copying']:>+7.2f}  {row['previous_token']:>14.3f}"
+            f"  {row['class']}"
+        )
+
+
+def one_line(record):
+    """A record's three most telling numbers."""
+    matching, previous = best_head(record["prefix_matching"]), best_head(record["previous_token"])
+    return (
+        f"ICL {record['icl_band_score']:+.2f}  prefix matching {matching['head']} {matching['score']:.2f}"
+        f"  previous token {previous['head']} {previous['score']:.2f}"
+    )
+
+
+def conclusion(summary):
+    """The sentence that a run ends with."""
+    matching, previous = summary["best_prefix_matching"], summary["best_previous_token"]
+    heads = (
+        f"best prefix-matching head {matching['head']} ({matching['score']:.2f}), best previous-token head {previous['head']}"
+        f" ({previous['score']:.2f}); loss {summary['loss']:.3f}"
+    )
+    score = f"{summary['icl_score']:+.2f} +- {summary['icl_score_error']:.2f} on {summary['examples']:,} examples"
+    change = summary["phase_change"]
+    if change is None:
+        return f"no phase change; in-context learning score {score}; {heads}"
+    return (
+        f"phase change from {change['start_tokens'] / 1e6:.2f}M to {change['end_tokens'] / 1e6:.2f}M tokens: in-context"
+        f" learning score {summary['icl_before']:+.2f} -> {summary['icl_after']:+.2f}, at the end {score}; {heads}"
+    )
+
+
+def pick_device(name):
+    """--device, or the GPU if there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda: PyTorch sees no GPU here; leave it out to use the CPU")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@one_line_errors
+def main(argv=None):
+    parser = ArgumentParser(__doc__)
+    add = parser.add_argument
+    add("path", type=Path, help="the folder of a run, or one snapshot")
+    add("--examples", type=int, default=1000, help="held-out examples of 512 tokens (default: 1000)")
+    add("--data", help="corpus to measure on (default: the one it was trained on, if that is built in)")
+    add("--vocabulary", metavar="FILE", help="gpt2 or a .tiktoken file (default: the corpus's)")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    add("--kernels", choices=("reference", "torch"), default="torch", help="default: torch")
+    add("--out", type=Path, help="where to write the records (default: into the run; a snapshot's nowhere)")
+    args = parser.parse_args(argv)
+    args.device = pick_device(args.device)
+    ranks = Ranks(args.device)
+    try:
+        return evaluate_run(args, ranks) if args.path.is_dir() else evaluate_snapshot(args, ranks)
+    finally:
+        ranks.close()
+
+
+def evaluate_snapshot(args, ranks):
+    measure_file = prepare(args, load_snapshot(args.path)[1]["corpus"], ranks)
+    record = measure_file(args.path)
+    if not ranks.is_first:
+        return
+    print(f"{args.path}: step {record['step']:,}, {record['tokens'] / 1e6:.2f}M tokens; {args.examples:,} examples")
+    print(f"loss {record['loss']:.3f} nats")
+    print(
+        f"in-context learning score {record['icl_score']:+.3f} +- {record['icl_score_error']:.3f} nats (token {metrics.LATE}"
+        f" minus token {metrics.EARLY}); in bands {record['icl_band_score']:+.3f} +- {record['icl_band_score_error']:.3f}"
+    )
+    print_heads(heads_table(record))
+    if args.out:
+        write_records(args.out, [record])
+        print(f"-> {args.out}")
+
+
+def evaluate_run(args, ranks):
+    paths = sorted((args.path / "snapshots").glob("step_*.pt"))
+    if not paths:
+        raise BadInput(f"{args.path}: no snapshots in this folder")
+    out = args.out or args.path / "measurements.npz"
+    if ranks.is_first and out.exists():
+        print(f"{out} will be replaced when all {len(paths)} snapshots are measured", flush=True)
+    measure_file = prepare(args, load_snapshot(paths[0])[1]["corpus"], ranks)
+    records = []
+    shown = time.time()
+    for path in paths:
+        records.append(measure_file(path))
+        if ranks.is_first and time.time() - shown > 15:
+            print(f"{len(records)} of {len(paths)} snapshots  {one_line(records[-1])}", flush=True)
+            shown = time.time()
+    if not ranks.is_first:
+        return
+    write_records(out, records)
+    summary = {"examples": args.examples, **summarise(records, lambda index: records[index])}
+    if args.out is None and (args.path / "summary.json").exists():
+        summary = read_json(args.path / "summary.json") | summary
+        write_json(args.path / "summary.json", summary)
+    print_heads(summary["heads"])
+    print(conclusion(summary))
+    print(f"-> {out}")
+
+
+def prepare(args, trained_on, ranks):
+    """Draws the examples; returns the function that measures a snapshot file.
+
+    trained_on: {"data", "name", "sha256"} as a snapshot tells it. Its path is not followed: the file may be a stranger's.
+    """
+    data = args.data or trained_on["data"]
+    if args.data is None and data not in BUILT_IN:
+        raise BadInput(f"{args.path} was trained on {trained_on['name']}: pass --data with a path of that text")
+    corpus = ranks.first_then_all(lambda: open_corpus(data, args.vocabulary))
+    if corpus.sha256 != trained_on["sha256"] and ranks.is_first:
+        print(f"note: this is not the corpus it was trained on: {corpus.sha256[:12]}, not {trained_on['sha256'][:12]}")
+    examples = draw_examples(corpus, args.examples).to(args.device)
+    cores = Cores(args.device)
+
+    def measure_file(path):
+        model, about = load_snapshot(path, kernels=args.kernels)
+        if model.config.d_vocab != corpus.d_vocab:
+            raise BadInput(f"{path}: a vocabulary of {model.config.d_vocab}, but {corpus.name} has {corpus.d_vocab}")
+        if model.config.n_ctx < N_CTX:
+            raise BadInput(f"{path}: a context of {model.config.n_ctx}, shorter than the {N_CTX} tokens of an example")
+        record = measure(model.to(args.device), examples, cores, ranks)
+        return {"step": about["step"], "tokens": about["tokens"], **record}
+
+    return measure_file
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""Rows spread over the cores of a CPU (threads) and over processes (torchrun).
+
+A training step of a small model is two hundred small operations. Splitting each of them over the cores, as PyTorch does
+by itself, costs a barrier an operation; giving every core its own rows and one thread costs one barrier a step. On two
+cores that is a quarter more tokens a second.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.distributed as dist
+
+
+class Cores:
+    """`cores(function, *tensors)` calls function on one part of the rows for each core; results in the rows' order."""
+
+    def __init__(self, device, n_threads=None):
+        # torchrun sets OMP_NUM_THREADS to 1, and then each process is one core
+        self.count = n_threads or torch.get_num_threads() if device.type == "cpu" else 1
+        torch.set_num_threads(1 if self.count > 1 else torch.get_num_threads())
+        self.pool = ThreadPoolExecutor(self.count) if self.count > 1 else None
+
+    def __call__(self, function, *rows):
+        if self.pool is None:
+            return [function(*rows)]
+        parts = min(self.count, len(rows[0]))
+        return list(self.pool.map(function, *(tensor.tensor_split(parts) for tensor in rows)))
+
+
+class Ranks:
+    """This process among those that torchrun started; alone if none did."""
+
+    def __init__(self, device):
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0))
+        self.is_first = self.rank == 0
+        if self.world > 1:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    def sum(self, tensor):
+        """Adds `tensor` up over all processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+
+    def share(self, rows):
+        """This process's part of the rows; `gather` puts results back together in the rows' order."""
+        return rows.tensor_split(self.world)[self.rank]
+
+    def gather(self, tensor):
+        if self.world == 1:
+            return tensor
+        parts = [None] * self.world
+        dist.all_gather_object(parts, tensor.cpu())
+        return torch.cat(parts)
+
+    def wait(self):
+        """Until all processes have come here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def first_then_all(self, function):
+        """Calls function in the first process and, when that is done, in the others: for what prepares files."""
+        result = function() if self.is_first else None
+        self.wait()
+        return result if self.is_first else function()
+
+    def close(self):
+        if self.world > 1:
+            dist.destroy_process_group()
