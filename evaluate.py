@@ -76,8 +76,7 @@ def measure(model, examples, cores, ranks):
         "loss_by_position": losses.mean(dim=0),
         "per_token_loss": losses.gather(1, examples.token_index.cpu()[:, None]).squeeze(1),
     }
-    positions, derivative = metrics.log_position_derivative(losses.mean(dim=0, keepdim=True))
-    record |= {"derivative_position": positions, "loss_derivative": derivative[0]}
+    record["derivative_position"], record["loss_derivative"] = metrics.log_position_derivative(losses.mean(dim=0))
     record |= head_scores(model, examples)
     return {name: value.numpy(force=True) if torch.is_tensor(value) else value for name, value in record.items()}
 

@@ -4,6 +4,9 @@ Positions are counted from 1, as in the paper: position i is the token predicted
 tokens of context. Losses are in nats. Patterns are [batch, head, query, key], rows summing to 1.
 """
 
+import itertools
+import math
+
 import torch
 
 EARLY, LATE = 50, 500
@@ -32,21 +35,28 @@ def _mean_and_error(values):
     return values.mean().item(), (values.std() / len(values) ** 0.5).item()
 
 
-def log_position_derivative(loss_by_position, n_bins=32, first=4):
+def log_position_bins(values, n_bins=32, first=4):
+    """Means over bins of equal width in ln(position), from position `first` on.
+
+    values [..., pos] -> (the bins' mean ln(position) [bin], means [..., bin]). There are fewer than n_bins bins where
+    they would be narrower than a position.
+    """
+    n_ctx = values.shape[-1]
+    edges = torch.logspace(math.log2(first), math.log2(n_ctx + 1), n_bins + 1, base=2).round().long().unique()
+    log_position = torch.arange(1, n_ctx + 1, dtype=torch.float64).log()
+    bins = [slice(start - 1, stop - 1) for start, stop in itertools.pairwise(edges.tolist())]
+    centres = torch.stack([log_position[piece].mean() for piece in bins])
+    return centres, torch.stack([values[..., piece].mean(dim=-1) for piece in bins], dim=-1)
+
+
+def log_position_derivative(loss_by_position):
     """d loss / d ln(position): what one e-fold more context is worth ("loss derivatives"), nats.
 
-    loss_by_position [snapshot, pos] -> (bin centres [bin], derivative [snapshot, bin]). The loss is averaged over
-    bins of equal width in ln(position) from position `first` on, then differentiated: single positions are noise.
+    loss_by_position [..., pos] -> (position at the bins' centres [bin], derivative [..., bin]). Differentiated
+    after binning (`log_position_bins`), because single positions are noise.
     """
-    n_ctx = loss_by_position.shape[-1]
-    edges = torch.logspace(0, 1, n_bins + 1, base=n_ctx / first, dtype=torch.float64) * first
-    edges = edges.round().long().unique()
-    edges[-1] = n_ctx + 1
-    pieces = [loss_by_position[:, a - 1 : b - 1] for a, b in zip(edges, edges[1:], strict=False)]
-    log_position = torch.arange(1, n_ctx + 1, dtype=loss_by_position.dtype).log()
-    centres = torch.stack([log_position[a - 1 : b - 1].mean() for a, b in zip(edges, edges[1:], strict=False)])
-    binned = torch.stack([piece.mean(dim=1) for piece in pieces], dim=1)
-    return centres.exp(), torch.gradient(binned, spacing=(centres,), dim=1)[0]
+    centres, binned = log_position_bins(loss_by_position)
+    return centres.exp(), torch.gradient(binned, spacing=(centres,), dim=-1)[0]
 
 
 def prefix_matching_keys(tokens, offset=1):
@@ -122,22 +132,24 @@ def phase_change(scores, tokens, smallest=0.1):
     leaving out the first 2 % of training. None if it falls by less than `smallest` nats there. (The paper selects
     its interval "based on the derivative of the in-context learning score" and says no more.)
     """
-    scores, tokens = torch.as_tensor(scores, dtype=torch.float64), torch.as_tensor(tokens, dtype=torch.float64)
+    scores = torch.as_tensor(scores, dtype=torch.float64)
+    tokens = torch.as_tensor(tokens, dtype=torch.float64)
+    skipped = int((tokens < 0.02 * tokens[-1]).sum())
+    scores, tokens = scores[skipped:], tokens[skipped:]
     if len(scores) < 5:
         return None
     smooth = _smooth(scores)
     slope = torch.gradient(smooth, spacing=(tokens,))[0]
-    slope[tokens < 0.02 * tokens[-1]] = 0.0
     steepest = int(slope.argmin())
-    if slope[steepest] >= 0:
-        return None
     fast = slope < 0.25 * slope[steepest]
     first = last = steepest
     while first > 0 and fast[first - 1]:
         first -= 1
     while last < len(fast) - 1 and fast[last + 1]:
         last += 1
-    return (first, last) if smooth[first] - smooth[last] >= smallest else None
+    if smooth[first] - smooth[last] < smallest:
+        return None
+    return skipped + first, skipped + last
 
 
 def half_way(values):

@@ -14,6 +14,7 @@ shapes. Shapes below: resid [batch, pos, d_model]; q k v z [batch, head, pos, d_
 """
 
 import dataclasses
+import math
 import pickle
 import zipfile
 from pathlib import Path
@@ -47,14 +48,18 @@ class ModelConfig:
     position_max_frequency: float = 1.0
 
     def __post_init__(self):
-        for name in ("n_layers", "d_model", "n_heads", "d_head", "n_ctx", "d_vocab"):
+        for name in ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "n_ctx", "d_vocab"):
+            value, least = getattr(self, name), 0 if name == "d_mlp" else 1
+            if type(value) is not int or value < least:
+                raise BadInput(f"{name} is {value!r}: it must be a whole number of at least {least}")
+        if self.d_model % 2:
+            raise BadInput(f"d_model is {self.d_model}: it must be even, for as many sines as cosines")
+        for name in ("position_scale", "position_base", "position_max_frequency"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise BadInput(f"{name} is {value!r}: it must be a whole number of at least 1")
-        if self.d_model % 2 or not isinstance(self.d_mlp, int) or self.d_mlp < 0:
-            raise BadInput(f"d_model {self.d_model} must be even, d_mlp {self.d_mlp!r} a whole number")
+            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise BadInput(f"{name} is {value!r}: it must be a positive number")
         if self.windows is not None and (len(self.windows) != self.n_heads or min(self.windows) < 1):
-            raise BadInput(f"windows {self.windows}: one number of at least 1 for each of the {self.n_heads} heads")
+            raise BadInput(f"windows {self.windows}: one number of at least 1 for each of {self.n_heads} heads")
 
 
 # The three sizes of the small series. mini trains in minutes on two CPU cores; small on one GPU; paper is the paper's own.

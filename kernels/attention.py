@@ -76,39 +76,37 @@ def visible(n_queries, n_keys, windows=None, device=None):
 
 
 class _TiledAttention(torch.autograd.Function):
-    """Causal attention in tiles of rows, the pattern kept for backward; float32 on the CPU."""
+    """Causal attention in tiles of rows, the pattern kept for the backward pass."""
 
     @staticmethod
     def forward(ctx, q, k, v, windows):
         batch, n_heads, n_ctx, d_head = q.shape
-        q, k, v = (x.reshape(batch * n_heads, n_ctx, d_head) for x in (q, k, v))
+        q, k, v = (x.reshape(batch * n_heads, n_ctx, d_head) for x in (q * d_head**-0.5, k, v))
         z = torch.empty_like(q)
         patterns = []
         for start, stop in _tiles(n_ctx):
-            scores = torch.bmm(q[:, start:stop], k[:, :stop].transpose(1, 2)).mul_(d_head**-0.5)
+            scores = torch.bmm(q[:, start:stop], k[:, :stop].transpose(1, 2))
             _mask(scores, start, stop, windows)
             pattern = torch.softmax(scores, dim=-1)
             z[:, start:stop] = torch.bmm(pattern, v[:, :stop])
             if any(ctx.needs_input_grad):
                 patterns.append(pattern)
-        ctx.save_for_backward(q, k, v, z, *patterns)
+        ctx.save_for_backward(q, k, v, *patterns)
         return z.view(batch, n_heads, n_ctx, d_head)
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, z, *patterns = ctx.saved_tensors
-        n_ctx, d_head = q.shape[1:]
+        q, k, v, *patterns = ctx.saved_tensors
         shape, grad = grad.shape, grad.reshape(q.shape)
-        # a row of the softmax's Jacobian needs sum_j pattern_ij dpattern_ij, which is grad_i . z_i
-        row_sum = (grad * z).sum(-1, keepdim=True)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for (start, stop), pattern in zip(_tiles(n_ctx), patterns, strict=True):
-            grad_tile, q_tile = grad[:, start:stop], q[:, start:stop]
+        for (start, stop), pattern in zip(_tiles(q.shape[1]), patterns, strict=True):
+            grad_tile = grad[:, start:stop]
             dv[:, :stop] += torch.bmm(pattern.transpose(1, 2), grad_tile)
-            dscores = torch.bmm(grad_tile, v[:, :stop].transpose(1, 2)).sub_(row_sum[:, start:stop])
-            dscores.mul_(pattern).mul_(d_head**-0.5)
+            dpattern = torch.bmm(grad_tile, v[:, :stop].transpose(1, 2))
+            dscores = torch.ops.aten._softmax_backward_data(dpattern, pattern, -1, q.dtype)
             dq[:, start:stop] = torch.bmm(dscores, k[:, :stop])
-            dk[:, :stop] += torch.bmm(dscores.transpose(1, 2), q_tile)
+            dk[:, :stop] += torch.bmm(dscores.transpose(1, 2), q[:, start:stop])
+        dq *= q.shape[2] ** -0.5  # q was saved scaled
         return dq.view(shape), dk.view(shape), dv.view(shape), None
 
 

@@ -1,0 +1,153 @@
+"""The fast path against the definition, the definition against hand-computed cases, and the tests against mutants."""
+
+import math
+
+import pytest
+import torch
+
+from kernels import attention as module
+from kernels.attention import attention, attention_pattern, attention_reference, smear_keys, visible
+
+
+def inputs(n_ctx, d_head=16, n_heads=3, batch=2, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, n_heads, n_ctx, d_head)
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for _ in range(3)]
+
+
+def output_and_gradients(function, tensors, *args):
+    """z and the gradient of a random weighting of it for every tensor."""
+    z = function(*tensors, *args)
+    weight = torch.randn(z.shape, generator=torch.Generator().manual_seed(9)).to(z.dtype)
+    return [z.detach(), *torch.autograd.grad((z * weight).sum(), tensors)]
+
+
+def assert_as_exact_as_the_reference(actual, reference, exact):
+    """No further from float64 than twice the same-precision reference is, plus one rounding."""
+    for name, a, r, e in zip(("z", "dq", "dk", "dv", "dalpha"), actual, reference, exact, strict=False):
+        rounding = torch.finfo(a.dtype).eps * e.abs().max()
+        budget = 2 * ((r.double() - e).abs().max() + rounding)
+        assert (a.double() - e).abs().max() <= budget, name
+
+
+LENGTHS = [1, 2, 63, 127, 128, 129, 300]
+
+
+@pytest.mark.parametrize("n_ctx", LENGTHS)
+@pytest.mark.parametrize("windows", [None, (1, 5, 1000)], ids=["full", "local"])
+@pytest.mark.parametrize("alpha", [None, (-10.0, 0.3, 10.0)], ids=["plain", "smeared"])
+def test_fast_path_is_as_exact_as_the_reference(n_ctx, windows, alpha):
+    tensors = inputs(n_ctx)
+    if alpha:
+        tensors.append(torch.tensor(alpha, requires_grad=True))
+    doubles = [t.detach().double().requires_grad_() for t in tensors]
+
+    def run(tensors, kernels):
+        def op(q, k, v, alpha=None):
+            return attention(q, k, v, alpha, windows, kernels)
+
+        return output_and_gradients(op, tensors)
+
+    exact = run(doubles, "reference")
+    assert_as_exact_as_the_reference(run(tensors, "torch"), run(tensors, "reference"), exact)
+
+
+def test_long_inputs_take_the_path_that_keeps_no_pattern(monkeypatch):
+    tensors, doubles = inputs(200), inputs(200, dtype=torch.float64)
+    monkeypatch.setattr(module, "KEEP_PATTERN_BYTES", 0)
+    for windows in (None, (1, 5, 1000)):
+        actual = output_and_gradients(lambda *t, w=windows: attention(*t, None, w), tensors)
+        reference = output_and_gradients(lambda *t, w=windows: attention_reference(*t, None, w), tensors)
+        exact = output_and_gradients(lambda *t, w=windows: attention_reference(*t, None, w), doubles)
+        assert_as_exact_as_the_reference(actual, reference, exact)
+
+
+@pytest.mark.parametrize("windows", [None, (3, 1)])
+def test_gradients_by_finite_differences(windows):
+    q, k, v = (t.detach().requires_grad_() for t in inputs(7, 4, 2, 1, dtype=torch.float64))
+    alpha = torch.tensor([0.4, -1.3], dtype=torch.float64, requires_grad=True)
+    for kernels in ("reference", "torch"):
+        assert torch.autograd.gradcheck(
+            lambda *t, kernels=kernels: attention(*t, windows, kernels), (q, k, v, alpha)
+        )
+
+
+def test_pattern_by_hand():
+    # two positions, d_head 1: query 1 scores keys 0 and 1 with ln 3 and 0
+    q, k = torch.tensor([[[[5.0], [1.0]]]]), torch.tensor([[[[math.log(3)], [0.0]]]])
+    expected = torch.tensor([[[[1.0, 0.0], [0.75, 0.25]]]])
+    assert torch.allclose(attention_pattern(q, k), expected)
+
+
+def test_scores_are_divided_by_the_root_of_d_head():
+    q, k = torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4)
+    k[:, :, 0] *= math.log(3) / 2  # 4 ln(3) / 2 / sqrt(4) = ln 3; key 1 scores 4 / 2 = 2
+    k[:, :, 1] = 0
+    assert torch.allclose(attention_pattern(q, k)[0, 0, 1], torch.tensor([0.75, 0.25]))
+
+
+def test_patterns_are_causal_and_sum_to_one():
+    q, k, _ = inputs(40)
+    pattern = attention_pattern(q, k)
+    assert torch.allclose(pattern.sum(-1), torch.ones(2, 3, 40))
+    assert (pattern.triu(1) == 0).all()
+
+
+def test_windows_count_the_query_itself():
+    mask = visible(6, 6, windows=(1, 2, 6))
+    assert torch.equal(mask[0], torch.eye(6).bool())
+    assert torch.equal(mask[1], torch.eye(6).bool() | torch.ones(5).diag(-1).bool())
+    assert torch.equal(mask[2], torch.ones(6, 6).tril().bool())
+
+
+def test_smearing_by_hand():
+    k = torch.tensor([[[[1.0], [10.0], [100.0]]]])
+    share = torch.tensor([math.log(3)])  # sigmoid = 3/4
+    assert torch.allclose(smear_keys(k, share).flatten(), torch.tensor([1.0, 7.75, 77.5]))
+
+
+def test_fully_own_keys_are_vanilla_and_fully_smeared_keys_are_shifted():
+    _, k, _ = inputs(9)
+    own, shifted = torch.full((3,), 50.0), torch.full((3,), -50.0)
+    assert torch.allclose(smear_keys(k, own), k)
+    assert torch.allclose(smear_keys(k, shifted)[:, :, 1:], k[:, :, :-1])
+    assert torch.equal(smear_keys(k, shifted)[:, :, 0], k[:, :, 0])
+
+
+def shifted_mask(n_queries, n_keys, windows=None, device=None):
+    mask = visible(n_queries, n_keys, windows, device)
+    return mask & ~torch.eye(n_queries, n_keys, device=device).bool().roll(n_keys - n_queries, 1) | (
+        torch.arange(n_keys) == 0
+    )
+
+
+def wrong_window(n_queries, n_keys, windows=None, device=None):
+    return visible(n_queries, n_keys, windows and tuple(w + 1 for w in windows), device)
+
+
+def smear_the_first_key_too(k, alpha):
+    share = torch.sigmoid(alpha)[:, None, None]
+    return torch.cat([share * k[:, :, :1], smear_keys(k, alpha)[:, :, 1:]], dim=2)
+
+
+@pytest.mark.parametrize(
+    "name, mutant",
+    [
+        ("visible", shifted_mask),
+        ("visible", wrong_window),
+        ("smear_keys", lambda k, alpha: k + 0 * alpha.sum()),
+        ("smear_keys", smear_the_first_key_too),
+    ],
+    ids=["shifted mask", "wrong window", "dropped smear", "first key smeared"],
+)
+def test_these_tests_notice_a_mutant(monkeypatch, name, mutant):
+    tensors = [*inputs(130), torch.tensor([0.0, 1.0, -1.0], requires_grad=True)]
+    windows = (2, 7, 60)
+    exact = output_and_gradients(
+        lambda *t: attention_reference(*t, windows), [t.detach().double().requires_grad_() for t in tensors]
+    )
+    reference = output_and_gradients(lambda *t: attention_reference(*t, windows), tensors)
+    monkeypatch.setattr(module, name, mutant)
+    with pytest.raises(AssertionError):
+        actual = output_and_gradients(lambda *t: attention(*t, windows), tensors)
+        assert_as_exact_as_the_reference(actual, reference, exact)

@@ -1,0 +1,66 @@
+"""Losses without the logits in memory, against the definition and against numbers known by hand."""
+
+import math
+
+import pytest
+import torch
+
+from kernels import cross_entropy as module
+from kernels.cross_entropy import linear_cross_entropy
+
+
+def inputs(n_rows, d_model, d_vocab, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    resid = torch.randn(n_rows, d_model, generator=generator).to(dtype).requires_grad_()
+    W_U = torch.randn(d_model, d_vocab, generator=generator).to(dtype).requires_grad_()
+    return resid, W_U, torch.randint(d_vocab, (n_rows,), generator=generator)
+
+
+def losses_and_gradients(kernels, resid, W_U, targets):
+    losses = linear_cross_entropy(resid, W_U, targets, kernels)
+    weight = torch.linspace(-1, 2, len(losses), dtype=losses.dtype)  # each row counts differently
+    return [losses.detach(), *torch.autograd.grad((losses * weight).sum(), (resid, W_U))]
+
+
+@pytest.mark.parametrize("n_rows, d_model, d_vocab", [(1, 4, 3), (7, 16, 50), (127, 32, 1023)])
+@pytest.mark.parametrize("chunk", [1, 2**16, 2**30], ids=["one row", "some rows", "all rows"])
+@pytest.mark.parametrize("keep", [0, 2**30], ids=["recomputed", "kept"])
+def test_fast_path_is_as_exact_as_the_reference(monkeypatch, n_rows, d_model, d_vocab, chunk, keep):
+    monkeypatch.setitem(module.CHUNK_BYTES, "cpu", chunk)
+    monkeypatch.setitem(module.KEEP_BYTES, "cpu", keep)
+    tensors = inputs(n_rows, d_model, d_vocab)
+    exact = losses_and_gradients("reference", *inputs(n_rows, d_model, d_vocab, torch.float64))
+    reference = losses_and_gradients("reference", *tensors)
+    actual = losses_and_gradients("torch", *tensors)
+    for a, r, e in zip(actual, reference, exact, strict=True):
+        e = e.double()
+        budget = 2 * ((r.double() - e).abs().max() + torch.finfo(a.dtype).eps * e.abs().max())
+        assert (a.double() - e).abs().max() <= budget
+
+
+def test_equal_logits_cost_the_logarithm_of_the_vocabulary():
+    losses = linear_cross_entropy(torch.zeros(3, 8), torch.randn(8, 100), torch.tensor([0, 50, 99]))
+    assert torch.allclose(losses, torch.full((3,), math.log(100)))
+
+
+def test_loss_by_hand():
+    # logits ln 1, ln 2, ln 5: probabilities 1/8, 2/8, 5/8
+    W_U = torch.tensor([[0.0, math.log(2), math.log(5)]])
+    losses = linear_cross_entropy(torch.ones(3, 1), W_U, torch.tensor([0, 1, 2]))
+    assert torch.allclose(losses, torch.tensor([math.log(8), math.log(4), math.log(8 / 5)]))
+
+
+def test_large_logits_do_not_overflow():
+    resid, W_U = torch.full((2, 1), 300.0), torch.tensor([[1.0, -1.0]])
+    losses = linear_cross_entropy(resid, W_U, torch.tensor([0, 1]))
+    assert losses.tolist() == [0.0, 600.0]
+
+
+def test_sixteen_bit_inputs_give_float32_losses_and_gradients_of_their_own_type():
+    resid, W_U, targets = inputs(64, 32, 200, torch.bfloat16)
+    losses, dresid, dW_U = losses_and_gradients("torch", resid, W_U, targets)
+    assert losses.dtype == torch.float32
+    assert dresid.dtype == dW_U.dtype == torch.bfloat16
+    exact = linear_cross_entropy(resid.double(), W_U.double(), targets, "reference")
+    reference = linear_cross_entropy(resid, W_U, targets, "reference")
+    assert (losses - exact).abs().max() <= 2 * (reference - exact).abs().max()

@@ -1,0 +1,322 @@
+"""The model's promises: causal, the same through every path, sized as the paper says; its snapshots' promises."""
+
+import dataclasses
+import os
+import pickle
+import zipfile
+
+import pytest
+import torch
+
+from model import (
+    SERIES,
+    ModelConfig,
+    Transformer,
+    config_for,
+    count_parameters,
+    load_snapshot,
+    save_snapshot,
+    sinusoid,
+)
+from safety import BadInput
+
+SMALL = ModelConfig(
+    n_layers=3, d_model=32, n_heads=2, d_head=8, d_mlp=64, n_ctx=200, d_vocab=50, position_scale=2.0
+)
+VARIANTS = {
+    "mlp": SMALL,
+    "attention-only": dataclasses.replace(SMALL, d_mlp=0),
+    "smeared": dataclasses.replace(SMALL, smear=True),
+    "local": dataclasses.replace(SMALL, windows=(200, 5)),
+}
+each_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+
+
+def make(config, seed=0, **options):
+    """A model with every parameter away from its start, gains and biases too."""
+    model = Transformer(config, **options)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            values = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(values * (0.3 if parameter.dim() > 1 else 0.5))
+    return model
+
+
+def tokens(batch=2, n_ctx=150):
+    return torch.randint(50, (batch, n_ctx), generator=torch.Generator().manual_seed(1))
+
+
+@each_variant
+def test_model_is_causal(config):
+    model, changed = make(config), tokens()
+    changed[:, 100:] = (changed[:, 100:] + 1) % 50
+    before, after = model(tokens()), model(changed)
+    assert torch.allclose(before[:, :100], after[:, :100], atol=1e-5)
+    assert not torch.allclose(before[:, 100], after[:, 100], atol=1e-2)
+
+
+@each_variant
+def test_the_hooked_path_computes_what_the_fused_path_does(config):
+    model = make(config)
+    seen = []
+    hooked = model(tokens(), hook=lambda name, layer, value: seen.append((layer, name)))
+    assert torch.allclose(hooked, model(tokens()), atol=1e-4)
+    names = ["resid_pre", "q", "k", "v", "pattern", "z", "resid_mid", "resid_post"]
+    if config.d_mlp:
+        names.insert(7, "mlp_out")
+    expected = [(layer, name) for layer in range(3) for name in names]
+    assert seen == [*expected, (3, "resid_final")]
+
+
+@each_variant
+def test_fast_kernels_agree_with_the_reference_in_float64(config):
+    exact = make(config, kernels="reference", dtype=torch.float64).double()
+    targets = tokens().roll(-1, 1)
+    reference = make(config, kernels="reference").losses(tokens(), targets)
+    fast = make(config).losses(tokens(), targets)
+    error = (reference - exact.losses(tokens(), targets)).abs().max()
+    assert (fast - exact.losses(tokens(), targets)).abs().max() <= 2 * error + 1e-6
+
+
+def test_a_hook_replaces_what_it_returns():
+    model = make(SMALL)
+
+    def silence_head(name, layer, value):
+        if name == "z" and layer == 1:
+            value = value.clone()
+            value[:, 1] = 0
+            return value
+
+    ablated = model(tokens(), hook=silence_head)
+    with torch.no_grad():
+        model.blocks[1].attn.W_O[1] = 0
+    assert torch.allclose(ablated, model(tokens()), atol=1e-4)
+    assert not torch.allclose(ablated, make(SMALL)(tokens()), atol=1e-2)
+
+
+def test_losses_are_cross_entropies_of_the_logits():
+    model, targets = make(SMALL), tokens().roll(-1, 1)
+    log_probability = model(tokens()).log_softmax(-1)
+    by_hand = -log_probability.gather(2, targets[:, :, None]).squeeze(2)
+    assert torch.allclose(model.losses(tokens(), targets), by_hand, atol=1e-4)
+
+
+def test_positions_reach_queries_and_keys_but_never_the_residual_stream():
+    config = dataclasses.replace(SMALL, n_layers=1, d_mlp=0)
+    model = make(config)
+    moved = make(config)
+    moved.positions += 1.0
+    seen = {}
+    model(tokens(), hook=lambda name, layer, value: seen.update({("here", name): value}))
+    moved(tokens(), hook=lambda name, layer, value: seen.update({("moved", name): value}))
+    for name in ("resid_pre", "v"):
+        assert torch.equal(seen["here", name], seen["moved", name])
+    for name in ("q", "k", "pattern"):
+        assert not torch.allclose(seen["here", name], seen["moved", name], atol=1e-2)
+
+
+def test_a_shift_of_positions_is_one_rotation():
+    config = config_for("mini", 2, True, 1024)
+    signal = sinusoid(config)
+    half = config.d_model // 2
+    sine, cosine = signal[:, :half], signal[:, half:]
+    assert torch.allclose(sine**2 + cosine**2, torch.full_like(sine, config.position_scale**2), atol=1e-4)
+    turn_sine, turn_cosine = sine[1] / config.position_scale, cosine[1] / config.position_scale
+    assert torch.allclose(sine[1:], sine[:-1] * turn_cosine + cosine[:-1] * turn_sine, atol=1e-4)
+
+
+def test_initial_weights_depend_on_the_seed_alone():
+    weights = [Transformer(SMALL).init_weights(seed).state_dict() for seed in (0, 0, 1)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not torch.equal(weights[0]["embed.W_E"], weights[2]["embed.W_E"])
+    assert weights[0]["blocks.1.attn.W_Q"].std() == pytest.approx(0.02, rel=0.1)
+
+
+def test_weights_have_the_names_and_shapes_of_transformer_lens():
+    shapes = {name: tuple(w.shape) for name, w in Transformer(SMALL).state_dict().items()}
+    block = {
+        "ln1.w": (32,), "ln1.b": (32,), "ln2.w": (32,), "ln2.b": (32,),
+        "attn.W_Q": (2, 32, 8), "attn.W_K": (2, 32, 8), "attn.W_V": (2, 32, 8), "attn.W_O": (2, 8, 32),
+        "mlp.W_in": (32, 64), "mlp.b_in": (64,), "mlp.W_out": (64, 32), "mlp.b_out": (32,),
+    }  # fmt: skip
+    outside = {"embed.W_E": (50, 32), "unembed.W_U": (32, 50), "ln_final.w": (32,), "ln_final.b": (32,)}
+    assert shapes == outside | {f"blocks.{n}.{name}": s for n in range(3) for name, s in block.items()}
+
+
+# the paper's models
+
+FULL_SCALE = {
+    "full-13M": (4, 512, 8, 64, 13e6),
+    "full-42M": (6, 768, 12, 64, 42e6),
+    "full-200M": (10, 1280, 20, 64, 200e6),
+    "full-810M": (16, 2048, 32, 64, 810e6),
+    "full-2.7B": (24, 3072, 48, 64, 2.7e9),
+    "full-13B": (40, 5120, 40, 128, 13e9),
+}
+
+
+@pytest.mark.parametrize("name", FULL_SCALE)
+def test_full_scale_models_have_the_sizes_of_the_papers_table(name):
+    n_layers, d_model, n_heads, d_head, non_embedding = FULL_SCALE[name]
+    config = SERIES[name]
+    assert (config.n_layers, config.d_model, config.n_heads, config.d_head) == (n_layers, d_model, n_heads, d_head)
+    assert (config.n_ctx, config.d_vocab) == (8192, 2**16)
+    with torch.device("meta"):
+        counted = count_parameters(Transformer(config))[1]
+    assert counted == 12 * n_layers * d_model**2
+    assert counted == pytest.approx(non_embedding, rel=0.05)  # the table has two digits
+
+
+@pytest.mark.parametrize("n_layers", range(1, 7))
+def test_small_models_have_the_sizes_of_the_paper(n_layers):
+    for name, per_layer in (("attn-only", 4 * 768**2), ("mlp", 12 * 768**2)):
+        config = SERIES[f"small-{name}-{n_layers}"]
+        assert (config.n_layers, config.n_heads, config.d_head) == (n_layers, 12, 64)
+        with torch.device("meta"):
+            assert count_parameters(Transformer(config))[1] == n_layers * per_layer
+
+
+def test_the_smeared_series_differs_from_its_controls_by_one_number_a_head():
+    for n_layers in (1, 2):
+        smeared, control = SERIES[f"smear-{n_layers}"], SERIES[f"smear-control-{n_layers}"]
+        assert control == SERIES[f"small-attn-only-{n_layers}"]
+        with torch.device("meta"):
+            more = count_parameters(Transformer(smeared))[0] - count_parameters(Transformer(control))[0]
+        assert more == 12 * n_layers
+    assert len(SERIES) == 12 + 4 + 6
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_layers": 0}, {"d_head": -1}, {"n_heads": 1.5}, {"d_model": 33}, {"d_mlp": -4},
+        {"windows": (1,)}, {"windows": (0, 3)}, {"d_vocab": 0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_impossible_sizes_are_refused(change):
+    with pytest.raises(BadInput):
+        dataclasses.replace(SMALL, **change)
+
+
+def test_inputs_beyond_the_context_are_refused():
+    with pytest.raises(BadInput, match="context of 200"):
+        make(SMALL)(tokens(1, 201))
+
+
+# snapshots
+
+
+@each_variant
+def test_a_snapshot_comes_back_as_it_was_saved(config, tmp_path):
+    model = make(config)
+    save_snapshot(tmp_path / "a.pt", model, {"step": 7, "corpus": {"name": "x"}})
+    loaded, about = load_snapshot(tmp_path / "a.pt")
+    assert about == {"step": 7, "corpus": {"name": "x"}}
+    assert loaded.config == config
+    assert torch.equal(loaded(tokens()), model(tokens()))
+
+
+class Bomb:
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def snapshot_content():
+    model = make(SMALL)
+    return {
+        "config": dataclasses.asdict(SMALL),
+        "weights": dict(model.state_dict()),
+        "about": {"step": 0},
+    }
+
+
+def refuses(path, match):
+    with pytest.raises(BadInput, match=match) as error:
+        load_snapshot(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_snapshot_that_would_run_code_is_not_opened(tmp_path):
+    evil, sign = tmp_path / "evil.pt", tmp_path / "it_ran"
+    torch.save({"config": Bomb(f"touch {sign}"), "weights": {}, "about": {}}, evil)
+    refuses(evil, "not made of tensors alone")
+    evil.write_bytes(pickle.dumps(Bomb(f"touch {sign}")))
+    refuses(evil, "damaged")
+    assert not sign.exists()
+
+
+@pytest.mark.parametrize("size", [0, 10, 1000, -1000, -1])
+def test_a_snapshot_cut_short_is_not_opened(tmp_path, size):
+    save_snapshot(tmp_path / "a.pt", make(SMALL), {})
+    (tmp_path / "a.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:size])
+    refuses(tmp_path / "a.pt", "damaged")
+
+
+def test_foreign_files_are_not_opened(tmp_path):
+    path = tmp_path / "a.pt"
+    path.write_text("hello")
+    refuses(path, "damaged")
+    torch.save({"model": {}, "optimizer": {}}, path)  # nanoGPT's
+    refuses(path, "not a snapshot")
+    torch.save([1, 2], path)
+    refuses(path, "holds a list")
+
+
+def change_config(**change):
+    def spoil(content):
+        content["config"] |= change
+
+    return spoil
+
+
+def drop_a_weight(content):
+    del content["weights"]["blocks.1.attn.W_Q"]
+
+
+def reshape_a_weight(content):
+    content["weights"]["blocks.1.attn.W_Q"] = torch.zeros(2, 32, 9)
+
+
+def retype_a_weight(content):
+    content["weights"]["ln_final.w"] = torch.zeros(32, dtype=torch.int64)
+
+
+def claim_a_huge_weight(content):
+    content["config"] |= {"d_vocab": 10**10}
+    content["weights"]["embed.W_E"] = torch.zeros(1).expand(10**10, 32)
+    content["weights"]["unembed.W_U"] = torch.zeros(1).expand(32, 10**10)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        change_config(n_layers=10**9), change_config(n_ctx=10**12), change_config(d_model=64),
+        change_config(n_layers="3"), change_config(colour="red"), change_config(d_mlp=0),
+        change_config(windows=7), change_config(position_base="x"),
+        drop_a_weight, reshape_a_weight, retype_a_weight, claim_a_huge_weight,
+    ],
+)  # fmt: skip
+def test_a_snapshot_whose_parts_disagree_is_not_opened(tmp_path, spoil):
+    content = snapshot_content()
+    spoil(content)
+    torch.save(content, tmp_path / "a.pt")
+    refuses(tmp_path / "a.pt", "snapshot")
+
+
+def test_a_snapshot_with_compressed_entries_is_not_opened(tmp_path):
+    save_snapshot(tmp_path / "a.pt", make(SMALL), {})
+    with zipfile.ZipFile(tmp_path / "a.pt") as stored:
+        with zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as deflated:
+            for entry in stored.infolist():
+                deflated.writestr(entry.filename, stored.read(entry))
+    refuses(tmp_path / "b.pt", "compressed|holds a NoneType|damaged")
+
+
+def test_a_missing_snapshot_is_a_missing_file(tmp_path):
+    with pytest.raises((BadInput, FileNotFoundError)):
+        load_snapshot(tmp_path / "none.pt")
