@@ -129,14 +129,15 @@ def phase_change(scores, tokens, smallest=0.1):
 
     scores: in-context learning score of each snapshot; tokens: trained on by then. The score is smoothed over five
     snapshots; the change is the stretch around its steepest descent where it falls at least a quarter as fast,
-    leaving out the first 2 % of training. None if it falls by less than `smallest` nats there. (The paper selects
-    its interval "based on the derivative of the in-context learning score" and says no more.)
+    leaving out the first 2 % of training. None if it falls by less than `smallest` nats there, or if there are fewer
+    than 20 snapshots to tell by. (The paper selects its interval "based on the derivative of the in-context learning
+    score" and says no more.)
     """
     scores = torch.as_tensor(scores, dtype=torch.float64)
     tokens = torch.as_tensor(tokens, dtype=torch.float64)
     skipped = int((tokens < 0.02 * tokens[-1]).sum())
     scores, tokens = scores[skipped:], tokens[skipped:]
-    if len(scores) < 5:
+    if len(scores) < 20:
         return None
     smooth = _smooth(scores)
     slope = torch.gradient(smooth, spacing=(tokens,))[0]

@@ -14,6 +14,7 @@ shapes. Shapes below: resid [batch, pos, d_model]; q k v z [batch, head, pos, d_
 """
 
 import dataclasses
+import io
 import math
 import pickle
 import zipfile
@@ -243,22 +244,33 @@ def count_parameters(model):
     return everything, matrices
 
 
-def save_snapshot(path, model, about):
-    """Weights, sizes and provenance (`about`: plain numbers, strings, lists and dictionaries) in one file."""
-    weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    content = {"config": dataclasses.asdict(model.config), "weights": weights, "about": about}
+def save_snapshot(path, model, step, tokens, corpus):
+    """The weights after that many steps and tokens, with all that is needed to use them.
+
+    corpus: {"data": what --data said, "name", "sha256"} of the text that they were trained on.
+    """
+    content = {
+        "config": dataclasses.asdict(model.config),
+        "weights": {name: weight.detach().cpu() for name, weight in model.state_dict().items()},
+        "about": {"step": step, "tokens": tokens, "corpus": corpus},
+    }
     write_whole(path, lambda temporary: save_tensors(content, temporary))
 
 
 def load_snapshot(path, **options):
-    """-> (model, about). The file may come from a stranger: it can run no code, and no memory is taken that it does not back.
+    """-> (model, about): what `save_snapshot` wrote; about is {"step", "tokens", "corpus"}.
 
-    options: kernels and dtype, as for Transformer. Raises BadInput if the file is not a whole snapshot of this program.
+    The file may come from a stranger: it can run no code, and no memory is taken that it does not back. options: kernels
+    and dtype, as for Transformer. Raises BadInput if the file is not a whole snapshot.
     """
     content = load_tensors(path)
     try:
-        about, weights = dict(content["about"]), dict(content["weights"])
-        config = dict(content["config"])
+        weights, config, about = (dict(content[name]) for name in ("weights", "config", "about"))
+        about = {
+            "step": int(about["step"]),
+            "tokens": int(about["tokens"]),
+            "corpus": {name: str(about["corpus"][name]) for name in ("data", "name", "sha256")},
+        }
         if config["windows"] is not None:
             config["windows"] = tuple(config["windows"])
         config = ModelConfig(**config)
@@ -282,9 +294,10 @@ def load_snapshot(path, **options):
 
 
 def save_tensors(content, path):
-    """Tensors and plain values to a file; a full disk raises OSError, as for any other file."""
-    with open(path, "wb") as file:
-        torch.save(content, file)
+    """Tensors and plain values to a file. Through memory, because torch.save hides a full disk behind an error of its own."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def load_tensors(path):

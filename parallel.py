@@ -12,14 +12,18 @@ import torch
 import torch.distributed as dist
 
 
+# as PyTorch found it: the machine's cores, or OMP_NUM_THREADS, which torchrun sets to 1
+AVAILABLE_CORES = torch.get_num_threads()
+
+
 class Cores:
     """`cores(function, *tensors)` calls function on one part of the rows for each core; results in the rows' order."""
 
-    def __init__(self, device, n_threads=None):
-        # torchrun sets OMP_NUM_THREADS to 1, and then each process is one core
-        self.count = n_threads or torch.get_num_threads() if device.type == "cpu" else 1
-        torch.set_num_threads(1 if self.count > 1 else torch.get_num_threads())
+    def __init__(self, device, count=AVAILABLE_CORES):
+        self.count = count if device.type == "cpu" else 1
         self.pool = ThreadPoolExecutor(self.count) if self.count > 1 else None
+        if self.pool:
+            torch.set_num_threads(1)
 
     def __call__(self, function, *rows):
         if self.pool is None:

@@ -39,7 +39,7 @@ class RunFolder:
             self.snapshots.mkdir(parents=True, exist_ok=True)
             if self.state is None:
                 write_json(folder / "run.json", identity | about)
-            self.log = open(folder / "train.jsonl", "a")
+            self.log = open(folder / "train.jsonl", "w" if self.state is None else "a")
 
     @property
     def snapshots(self):
@@ -91,8 +91,8 @@ class RunFolder:
     def write_snapshot(self, model, record):
         self.records.append(record)
         if self.writes:
-            about = {"step": record["step"], "tokens": record["tokens"], "corpus": self.identity["corpus"]}
-            save_snapshot(self.snapshot_path(record["step"]), model, about)
+            step, tokens = record["step"], record["tokens"]
+            save_snapshot(self.snapshot_path(step), model, step, tokens, self.identity["corpus"])
             write_records(self.folder / "measurements.npz", self.records)
 
     def snapshot_path(self, step):

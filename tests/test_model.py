@@ -207,13 +207,15 @@ def test_inputs_beyond_the_context_are_refused():
 
 # snapshots
 
+CORPUS = {"data": "python", "name": "python-1024", "sha256": "0"}
+
 
 @each_variant
 def test_a_snapshot_comes_back_as_it_was_saved(config, tmp_path):
     model = make(config)
-    save_snapshot(tmp_path / "a.pt", model, {"step": 7, "corpus": {"name": "x"}})
+    save_snapshot(tmp_path / "a.pt", model, 7, 70, CORPUS)
     loaded, about = load_snapshot(tmp_path / "a.pt")
-    assert about == {"step": 7, "corpus": {"name": "x"}}
+    assert about == {"step": 7, "tokens": 70, "corpus": CORPUS}
     assert loaded.config == config
     assert torch.equal(loaded(tokens()), model(tokens()))
 
@@ -231,7 +233,7 @@ def snapshot_content():
     return {
         "config": dataclasses.asdict(SMALL),
         "weights": dict(model.state_dict()),
-        "about": {"step": 0},
+        "about": {"step": 0, "tokens": 0, "corpus": CORPUS},
     }
 
 
@@ -252,7 +254,7 @@ def test_a_snapshot_that_would_run_code_is_not_opened(tmp_path):
 
 @pytest.mark.parametrize("size", [0, 10, 1000, -1000, -1])
 def test_a_snapshot_cut_short_is_not_opened(tmp_path, size):
-    save_snapshot(tmp_path / "a.pt", make(SMALL), {})
+    save_snapshot(tmp_path / "a.pt", make(SMALL), 0, 0, CORPUS)
     (tmp_path / "a.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:size])
     refuses(tmp_path / "a.pt", "damaged")
 
@@ -286,6 +288,10 @@ def retype_a_weight(content):
     content["weights"]["ln_final.w"] = torch.zeros(32, dtype=torch.int64)
 
 
+def hide_its_origin(content):
+    del content["about"]["corpus"]
+
+
 def claim_a_huge_weight(content):
     content["config"] |= {"d_vocab": 10**10}
     content["weights"]["embed.W_E"] = torch.zeros(1).expand(10**10, 32)
@@ -298,7 +304,7 @@ def claim_a_huge_weight(content):
         change_config(n_layers=10**9), change_config(n_ctx=10**12), change_config(d_model=64),
         change_config(n_layers="3"), change_config(colour="red"), change_config(d_mlp=0),
         change_config(windows=7), change_config(position_base="x"),
-        drop_a_weight, reshape_a_weight, retype_a_weight, claim_a_huge_weight,
+        drop_a_weight, reshape_a_weight, retype_a_weight, claim_a_huge_weight, hide_its_origin,
     ],
 )  # fmt: skip
 def test_a_snapshot_whose_parts_disagree_is_not_opened(tmp_path, spoil):
@@ -309,7 +315,7 @@ def test_a_snapshot_whose_parts_disagree_is_not_opened(tmp_path, spoil):
 
 
 def test_a_snapshot_with_compressed_entries_is_not_opened(tmp_path):
-    save_snapshot(tmp_path / "a.pt", make(SMALL), {})
+    save_snapshot(tmp_path / "a.pt", make(SMALL), 0, 0, CORPUS)
     with zipfile.ZipFile(tmp_path / "a.pt") as stored:
         with zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as deflated:
             for entry in stored.infolist():

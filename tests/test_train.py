@@ -1,0 +1,333 @@
+"""The training script from the outside: its files, its promises about interruption, and what it refuses."""
+
+import dataclasses
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from corpora import open_corpus
+from model import load_snapshot
+from records import read_records
+from train import RECIPES, snapshot_steps
+from vocabulary import PYTHON_1024
+
+ROOT = Path(__file__).parent.parent
+TINY = {"n_snapshots": 10, "n_examples": 4, "n_final_examples": 8}
+STEP = 4 * 512  # tokens
+
+
+@pytest.fixture
+def workplace(tmp_path, text_file, monkeypatch):
+    """A folder to run in, with cheap evaluations."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(RECIPES, "mini", dataclasses.replace(RECIPES["mini"], **TINY))
+    open_corpus(str(text_file), PYTHON_1024)
+    return tmp_path
+
+
+def flags(text_file, *more, steps=20, out="run"):
+    data = ["--data", str(text_file), "--vocabulary", PYTHON_1024, "--tokens", str(steps * STEP)]
+    return ["--device", "cpu", "--layers", "1", "--attn-only", *data, "--out", out, *more]
+
+
+def start(workplace, arguments, *launcher, **options):
+    """train.py in a process of its own, with the same cheap evaluations."""
+    script = workplace / "tiny_train.py"
+    script.write_text(
+        "import dataclasses, sys, train\n"
+        f"train.RECIPES['mini'] = dataclasses.replace(train.RECIPES['mini'], **{TINY})\n"
+        "sys.exit(train.main())\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *launcher, str(script), *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=workplace, env=environment, **pipes, **options)
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in Path(folder, "train.jsonl").read_text().splitlines()]
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.time() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.time() < deadline
+        time.sleep(0.02)
+
+
+def one_line(capsys):
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    return error
+
+
+# the schedule
+
+
+@pytest.mark.parametrize("n_steps, n_snapshots", [(3906, 100), (10_000, 200), (500, 100), (30, 10), (1, 100)])
+def test_snapshots_start_at_zero_and_end_at_the_end(n_steps, n_snapshots):
+    steps = snapshot_steps(n_steps, n_snapshots)
+    assert steps[0] == 0 and steps[-1] == n_steps
+    assert steps == sorted(set(steps))
+    assert len(steps) <= n_snapshots + 1
+
+
+def test_snapshots_are_log_spaced_early_and_even_later():
+    steps = np.array(snapshot_steps(10_000, 200))
+    assert 190 <= len(steps) <= 201
+    even = np.diff(steps[steps >= 200])
+    assert even.max() - even.min() <= 1 and even.max() < 60
+    early = steps[steps < 200]
+    assert early[:3].tolist() == [0, 1, 2] or early[:2].tolist() == [0, 1]
+    assert (np.diff(early)[1:] >= np.diff(early)[:-1] - 1).all()
+
+
+# a run
+
+
+def test_a_run_leaves_its_records(workplace, text_file, capsys):
+    assert train.main(flags(text_file, steps=30)) == 0
+    run = workplace / "run"
+    lines = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 31))
+    assert [line["tokens"] for line in lines] == [n * STEP for n in range(1, 31)]
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.3  # it learns
+
+    records = read_records(run / "measurements.npz")
+    steps = snapshot_steps(30, 10)
+    assert [record["step"] for record in records] == steps
+    assert records[0]["loss_by_position"].shape == (512,)
+    assert records[0]["per_token_loss"].shape == (4,)
+    assert records[0]["prefix_matching"].shape == (1, 2)
+    assert records[-1]["loss"] == pytest.approx(records[-1]["loss_by_position"].mean(), rel=1e-5)
+    for step in steps:
+        model, about = load_snapshot(run / "snapshots" / f"step_{step:07d}.pt")
+        assert about["step"] == step and about["tokens"] == step * STEP
+
+    summary = json.loads((run / "summary.json").read_text())
+    promised = {
+        "phase_change", "icl_before", "icl_after", "icl_score", "best_prefix_matching", "best_previous_token",
+        "loss", "tokens", "seconds", "tokens_per_second", "parameters", "corpus_sha256",
+    }  # fmt: skip
+    assert promised <= summary.keys()
+    assert summary["phase_change"] is None
+    assert summary["tokens"] == 30 * STEP
+    assert summary["parameters"] == sum(p.numel() for p in model.parameters())
+    made = json.loads((run / "run.json").read_text())
+    assert made["corpus"]["sha256"] == summary["corpus_sha256"]
+    assert made["machine"]["kernels"] == "torch" and made["machine"]["dtype"] == "float32"
+    out = capsys.readouterr().out
+    assert "1 layer" in out and str(run.name) in out.splitlines()[-1]
+
+
+def test_the_same_seed_gives_the_same_losses_and_another_seed_others(workplace, text_file):
+    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert train.main(flags(text_file, "--seed", str(seed), steps=5, out=out)) == 0
+    assert losses("a") == losses("b") != losses("c")
+
+
+def test_kernels_agree_on_the_curve(workplace, text_file):
+    train.main(flags(text_file, steps=10, out="fast"))
+    train.main(flags(text_file, "--kernels", "reference", steps=10, out="reference"))
+    assert losses("fast") == pytest.approx(losses("reference"), abs=1e-4)
+
+
+def test_gradient_is_the_same_on_one_core_and_on_three(corpus):
+    """Rows shared unevenly among threads: only the order of additions changes."""
+    from data import training_batch
+    from model import Transformer, config_for
+    from parallel import Cores, Ranks
+
+    cpu = torch.device("cpu")
+    model = Transformer(config_for("mini", 1, True, 1024)).init_weights(0)
+    batch = training_batch(corpus, 512, 4, seed=0, step=0)
+    one, three = (
+        train.loss_and_gradient(model, list(model.parameters()), *batch, 4 * 512, Cores(cpu, n), Ranks(cpu))
+        for n in (1, 3)
+    )
+    assert torch.allclose(one, three, rtol=1e-4, atol=1e-7)
+    loss = model.losses(*batch).mean()
+    loss.backward()
+    assert one[0].item() == pytest.approx(loss.item(), rel=1e-6)
+    whole = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert torch.allclose(one[1:], whole, rtol=1e-4, atol=1e-7)
+
+
+def test_two_processes_train_as_one(workplace, text_file):
+    process = start(
+        workplace, flags(text_file, out="two"), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+    )
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert "2 processes" in out
+    train.main(flags(text_file, out="one"))
+    assert losses("two") == pytest.approx(losses("one"), abs=2e-5)
+    one, two = (read_records(workplace / name / "measurements.npz") for name in ("one", "two"))
+    assert len(one) == len(two)
+    assert two[-1]["per_token_loss"] == pytest.approx(one[-1]["per_token_loss"], abs=1e-3)
+
+
+# interruption
+
+
+@pytest.mark.parametrize("n_snapshots", [1, 4, 7])
+def test_a_killed_run_goes_on_to_the_last_bit(workplace, text_file, n_snapshots):
+    train.main(flags(text_file, steps=30, out="whole"))
+    process = start(workplace, flags(text_file, steps=30, out="killed"))
+    snapshots = workplace / "killed" / "snapshots"
+    wait_for(lambda: len(list(snapshots.glob("*.pt"))) >= n_snapshots, process)
+    process.kill()
+    process.communicate()
+    # as if it had died while writing
+    with open(workplace / "killed" / "train.jsonl", "a") as log:
+        log.write('{"step": 999, "tok')
+    (workplace / "killed" / "state.pt.partial").write_bytes(b"half")
+    assert train.main(flags(text_file, "--resume", steps=30, out="killed")) == 0
+    assert losses("killed") == losses("whole")
+    whole, killed = (read_records(workplace / name / "measurements.npz") for name in ("whole", "killed"))
+    assert len(whole) == len(killed)
+    for a, b in zip(whole, killed, strict=True):
+        assert all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_control_c_ends_cleanly_between_snapshots_too(workplace, text_file):
+    train.main(flags(text_file, steps=60, out="whole"))
+    process = start(workplace, flags(text_file, steps=60, out="stopped"))
+    snapshots = workplace / "stopped" / "snapshots"
+    wait_for(lambda: len(list(snapshots.glob("*.pt"))) >= 3, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "--resume" in out.splitlines()[-1]
+    assert "Traceback" not in err
+    assert train.main(flags(text_file, "--resume", steps=60, out="stopped")) == 0
+    assert losses("stopped") == losses("whole")
+
+
+def test_resuming_a_finished_run_changes_nothing(workplace, text_file):
+    train.main(flags(text_file))
+    before = losses("run")
+    assert train.main(flags(text_file, "--resume")) == 0
+    assert losses("run") == before
+
+
+def test_a_loss_that_is_not_a_number_stops_with_the_last_good_snapshot(workplace, text_file, capsys):
+    assert train.main(flags(text_file, "--lr", "1e12", steps=200)) == 2
+    error = one_line(capsys)
+    assert "--lr" in error and "last good snapshot" in error
+    snapshots = sorted((workplace / "run" / "snapshots").glob("*.pt"))
+    assert str(snapshots[-1].name) in error
+    for path in snapshots:
+        model, _ = load_snapshot(path)
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_a_full_disk_is_one_line_and_leaves_whole_files(workplace, text_file):
+    def no_file_above_half_a_megabyte():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
+
+    process = start(workplace, flags(text_file), preexec_fn=no_file_above_half_a_megabyte)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 2, error
+    assert error.count("\n") == 1 and "File too large" in error
+    run = workplace / "run"
+    assert json.loads((run / "run.json").read_text())["seed"] == 0
+    assert not list(run.rglob("*.partial")) and not list(run.rglob("*.pt"))
+
+
+# what it refuses
+
+
+@pytest.mark.parametrize(
+    "arguments, fault",
+    [
+        (["--colour", "red"], "unrecognized"),
+        (["--layers", "0"], "n_layers is 0"),
+        (["--layers", "-2"], "n_layers is -2"),
+        (["--layers", "two"], "invalid int"),
+        (["--heads", "3"], "cannot be divided"),
+        (["--heads", "0"], "cannot be divided"),
+        (["--d-model", "0"], "d_model is 0"),
+        (["--scale", "huge"], "invalid choice"),
+        (["--model", "full-1T"], "invalid choice"),
+        (["--model", "full-13M", "--smear"], "whole model"),
+        (["--model", "full-13M", "--layers", "2"], "whole model"),
+        (["--tokens", "100"], "one step alone"),
+        (["--tokens", "-5"], "one step alone"),
+        (["--lr", "0"], "must be positive"),
+        (["--device", "cuda"], "no GPU"),
+        (["--data", "nowhere.txt"], "no such file"),
+        (["--vocabulary", "nowhere.tiktoken"], "No such file"),
+        (["--resume"], "no run to go on with"),
+        (["--out", "/dev/null/run"], "Not a directory"),
+    ],
+)
+def test_bad_flags_are_one_line_and_exit_code_2(workplace, text_file, capsys, arguments, fault):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    base = ["--data", str(text_file), "--vocabulary", PYTHON_1024, "--tokens", str(2 * STEP), "--out", "run"]
+    if "cuda" not in arguments:
+        base += ["--device", "cpu"]
+    assert train.main([*base, *arguments]) == 2
+    assert fault in one_line(capsys)
+    assert not (workplace / "run").exists()
+
+
+def test_an_existing_run_is_not_overwritten(workplace, text_file, capsys):
+    (workplace / "run").mkdir()
+    (workplace / "run" / "precious").write_text("kept")
+    assert train.main(flags(text_file)) == 2
+    assert "--resume" in one_line(capsys)
+    assert [p.name for p in (workplace / "run").iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize(
+    "change, fault",
+    [
+        (["--layers", "2"], "config"),
+        (["--d-model", "64"], "config"),
+        (["--seed", "1"], "seed"),
+        (["--lr", "1e-4"], "recipe"),
+        (["--vocabulary", "other.tiktoken"], "corpus"),
+    ],
+)
+def test_resuming_with_other_flags_is_refused(workplace, text_file, capsys, change, fault):
+    train.main(flags(text_file, steps=2))
+    before = {path: path.read_bytes() for path in (workplace / "run").rglob("*") if path.is_file()}
+    vocabulary = Path(PYTHON_1024).read_bytes().splitlines(keepends=True)
+    vocabulary[1000:1002] = [v.replace(b" 1000", b" 1001") if b" 1000" in v else v.replace(b" 1001", b" 1000") for v in vocabulary[1000:1002]]
+    Path("other.tiktoken").write_bytes(b"".join(vocabulary))
+    capsys.readouterr()
+    assert train.main(flags(text_file, "--resume", *change, steps=2)) == 2
+    assert f"another {fault}" in one_line(capsys)
+    assert before == {path: path.read_bytes() for path in (workplace / "run").rglob("*") if path.is_file()}
+
+
+def test_a_state_of_another_shape_is_refused(workplace, text_file, capsys):
+    train.main(flags(text_file, steps=2))
+    state = torch.load("run/state.pt", weights_only=True)
+    state["weights"]["ln_final.w"] = torch.zeros(7)
+    torch.save(state, "run/state.pt")
+    capsys.readouterr()
+    assert train.main(flags(text_file, "--resume", steps=2)) == 2
+    assert "does not fit" in one_line(capsys)
+
+
+@pytest.mark.parametrize("name", ["state.pt", "measurements.npz", "run.json"])
+def test_a_damaged_run_is_refused(workplace, text_file, capsys, name):
+    train.main(flags(text_file, steps=2))
+    Path("run", name).write_bytes(Path("run", name).read_bytes()[:100])
+    capsys.readouterr()
+    assert train.main(flags(text_file, "--resume", steps=2)) == 2
+    assert "damaged" in one_line(capsys)
