@@ -1,9 +1,11 @@
 """Where the text comes from: every corpus becomes token shards on disk, once, in `corpus/<name>/`.
 
-- `python` (the default) needs no download: the Python source of the standard library and of the packages that requirements.txt
-  brings. Code repeats its own names all the time, so that induction pays early and small models show the phase change.
+- `python` (the default) needs no download: the Python source of the standard library and of the
+  packages that requirements.txt brings. Code repeats its own names all the time, so that induction
+  pays early and small models show the phase change.
 - a text file or folder (.txt, .gz, .xz; UTF-8), documents split on a line `<|endoftext|>`;
-- token shards that exist already: llm.c's and modded-nanogpt's .bin (magic 20240520), nanoGPT's headerless uint16 .bin;
+- token shards that exist already: llm.c's and modded-nanogpt's .bin (magic 20240520), nanoGPT's
+  headerless uint16 .bin;
 - `fineweb`: the public GPT-2 shards of FineWeb, fetched over HTTPS.
 
 A document is either for training or held out for measuring, never cut between the two.
@@ -45,15 +47,18 @@ GPT2_TOKENS = 50257  # the last is <|endoftext|>
 def open_corpus(data="python", vocabulary=None, n_tokens=0, root=CORPUS_FOLDER):
     """The corpus that `--data` names; its first use prepares it.
 
-    vocabulary: None (what the corpus comes with: the small one for `python`, else GPT-2's), "gpt2" or a .tiktoken file.
-    n_tokens: how many will be trained on, which decides how many shards of FineWeb are fetched.
-    Raises BadInput for what is missing, empty, not text, or of no known format.
+    vocabulary: None (what the corpus comes with: the small one for `python`, else GPT-2's), "gpt2"
+    or a .tiktoken file. n_tokens: how many will be trained on, which decides how many shards of
+    FineWeb are fetched. Raises BadInput for what is missing, empty, not text, or of no known
+    format.
     """
     path = Path(data)
     if data == "fineweb":
         path = fetch_fineweb(Path(root) / "fineweb", n_tokens)
     elif data != "python" and not path.exists():
-        raise BadInput(f"--data {data}: no such file or folder (python and fineweb are the built-in corpora)")
+        raise BadInput(
+            f"--data {data}: no such file or folder (python and fineweb are the built-in corpora)"
+        )
     if data != "python" and (path.suffix == ".bin" or list(path.glob("*.bin"))):
         return _open_shards(path, vocabulary or "gpt2")
     vocabulary = vocabulary or (PYTHON_1024 if data == "python" else "gpt2")
@@ -65,11 +70,15 @@ def open_corpus(data="python", vocabulary=None, n_tokens=0, root=CORPUS_FOLDER):
     if meta["vocabulary"] != "gpt2":
         vocabulary = str(folder / meta["vocabulary"])
     train, val = ([read_shard(folder / name)] for name in SPLITS.values())
-    return Corpus(folder.name, vocabulary, meta["d_vocab"], meta["start_token"], meta["sha256"], train, val)
+    return Corpus(
+        folder.name, vocabulary, meta["d_vocab"], meta["start_token"], meta["sha256"], train, val
+    )
 
 
 def documents_of(data):
-    """The documents of `python`, or of a text file or folder, in a fixed order: yields (held out?, text)."""
+    """The documents of `python`, or of a text file or folder, in a fixed order: yields (held out?,
+    text).
+    """
     return python_documents() if data == "python" else text_documents(Path(data))
 
 
@@ -91,11 +100,12 @@ PYTHON_HELD_OUT = 6  # one document in six, which gives the 10,000 evaluation ex
 
 
 def python_documents():
-    """The standard library and the packages of requirements.txt with all that they require, and nothing else that happens to be
-    installed. Order and held-out documents are fixed by a hash of the file's name, so that they survive a change of versions.
+    """The standard library and the packages of requirements.txt with all that they require, and
+    nothing else that happens to be installed. Order and held-out documents are fixed by a hash
+    of the file's name, so that they survive a change of versions.
 
-    Left out: tests, vendored copies, generated tables, and any file of whose three-line passages more than half occur in
-    earlier files.
+    Left out: tests, vendored copies, generated tables, and any file of whose three-line passages
+    more than half occur in earlier files.
     """
     seen = set()
     for name, path in sorted(_python_files().items(), key=lambda item: _hash(item[0])):
@@ -103,11 +113,16 @@ def python_documents():
             continue
         try:
             text = path.read_text(encoding="utf-8")
-        except (UnicodeDecodeError, FileNotFoundError):  # old encodings in the library's corners; an incomplete installation
+        except (
+            UnicodeDecodeError,
+            FileNotFoundError,
+        ):  # old encodings in the library's corners; an incomplete installation
             continue
         # a table is mostly digits and punctuation: ordinary code is four fifths letters
         dense = "".join(text.split()).encode()
-        letters = len(dense) - len(dense.translate(None, b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_"))
+        letters = len(dense) - len(
+            dense.translate(None, b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_")
+        )
         if len(text) < 500 or letters < 0.6 * len(dense) or GENERATED.search(text, 0, 400):
             continue
         lines = [line for line in map(str.strip, text.splitlines()) if len(line) > 3]
@@ -133,13 +148,15 @@ def _python_files():
 
 
 def _distributions():
-    """The installed distributions that requirements.txt asks for, and those that they ask for in turn."""
+    """The installed distributions that requirements.txt asks for, and those that they ask for in
+    turn.
+    """
     wanted = [line for line in REQUIREMENTS.read_text().splitlines() if line.strip()]
     found = {}
     while wanted:
         requirement = Requirement(wanted.pop())
         name = canonicalize_name(requirement.name)
-        if name in found or requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+        if name in found or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
             continue
         try:
             found[name] = importlib.metadata.distribution(name)
@@ -155,15 +172,23 @@ TEXT_HELD_OUT = 20  # one document in twenty
 
 
 def text_documents(path):
-    """Documents of a text file, or of all .txt, .gz and .xz files under a folder; a line <|endoftext|> ends a document."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".gz", ".xz"))
+    """Documents of a text file, or of all .txt, .gz and .xz files under a folder; a line
+    <|endoftext|> ends a document.
+    """
+    files = (
+        [path]
+        if path.is_file()
+        else sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".gz", ".xz"))
+    )
     if not files:
         raise BadInput(f"--data {path}: no .txt, .gz, .xz or .bin file in this folder")
     for file in files:
         opener = {".gz": gzip.open, ".xz": lzma.open}.get(file.suffix, open)
         try:
             with opener(file, "rt", encoding="utf-8") as lines:
-                for at_separator, group in itertools.groupby(lines, key=lambda line: line.rstrip("\n") == END_OF_TEXT):
+                for at_separator, group in itertools.groupby(
+                    lines, key=lambda line: line.rstrip("\n") == END_OF_TEXT
+                ):
                     text = "".join(group)
                     if "\0" in text:
                         raise BadInput(f"--data {file}: binary, not text")
@@ -179,7 +204,9 @@ def text_documents(path):
 
 
 def _prepare(folder, data, vocabulary, fingerprint):
-    """Encodes every document and writes the shards with their meta.json; the folder appears when it is complete."""
+    """Encodes every document and writes the shards with their meta.json; the folder appears when it
+    is complete.
+    """
     started = time.time()
     print(f"preparing the corpus {data} in the vocabulary {Path(vocabulary).stem} ...", flush=True)
     encoding = load_vocabulary(vocabulary)
@@ -209,8 +236,9 @@ def _prepare(folder, data, vocabulary, fingerprint):
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(
-        f"prepared in {time.time() - started:.0f} s: {len(shards['train']):,} tokens of {documents['train']:,} documents to train on,"
-        f" {len(shards['val']):,} of {documents['val']:,} held out; sha256 {meta['sha256'][:12]}",
+        f"prepared in {time.time() - started:.0f} s:"
+        f" {len(shards['train']):,} tokens of {documents['train']:,} documents to train on,"
+        f" {len(shards['val']):,} of {documents['val']:,} held out",
         flush=True,
     )
 
@@ -219,9 +247,13 @@ def _encode(documents, encoding):
     """How many documents each split has, and its tokens; <|endoftext|> opens every document."""
     parts = {split: [] for split in SPLITS}
     while batch := list(itertools.islice(documents, 512)):
-        encoded = encoding.encode_ordinary_batch([text for _, text in batch], num_threads=os.cpu_count())
+        encoded = encoding.encode_ordinary_batch(
+            [text for _, text in batch], num_threads=os.cpu_count()
+        )
         for (held_out, _), tokens in zip(batch, encoded, strict=True):
-            parts["val" if held_out else "train"].append(np.array([encoding.eot_token, *tokens], dtype=np.uint16))
+            parts["val" if held_out else "train"].append(
+                np.array([encoding.eot_token, *tokens], dtype=np.uint16)
+            )
     documents = {split: len(part) for split, part in parts.items()}
     empty = [np.zeros(0, dtype=np.uint16)]
     shards = {split: np.concatenate(part or empty) for split, part in parts.items()}
@@ -234,7 +266,9 @@ def _encode(documents, encoding):
 
 
 def _fingerprint(data, vocabulary):
-    """Changes when the corpus has to be prepared again: another vocabulary, other files, other versions of the packages."""
+    """Changes when the corpus has to be prepared again: another vocabulary, other files, other
+    versions of the packages.
+    """
     if data == "python":
         parts = [sys.version, *(f"{d.name} {d.version}" for d in _distributions())]
     else:
@@ -265,16 +299,25 @@ def _sha256(shards):
 
 
 def _open_shards(path, vocabulary):
-    """A .bin file, or a folder of them of which those with "val" in their names are held out; one alone gives its last tenth."""
+    """A .bin file, or a folder of them of which those with "val" in their names are held out; one
+    alone gives its last tenth.
+    """
     files = [path] if path.is_file() else sorted(path.glob("*.bin"))
     held_out = [file for file in files if re.search(r"(^|[_-])val", file.name)]
-    train, val = [read_shard(file) for file in files if file not in held_out], [read_shard(file) for file in held_out]
+    train, val = (
+        [read_shard(file) for file in files if file not in held_out],
+        [read_shard(file) for file in held_out],
+    )
     if not train or not val:
         *train, last = train + val
         cut = len(last) - len(last) // 10
         train, val = [*train, last[:cut]], [last[cut:]]
     encoding = None if vocabulary == "gpt2" else load_vocabulary(vocabulary)
-    d_vocab, start = (GPT2_TOKENS, GPT2_TOKENS - 1) if encoding is None else (encoding.n_vocab, encoding.eot_token)
+    d_vocab, start = (
+        (GPT2_TOKENS, GPT2_TOKENS - 1)
+        if encoding is None
+        else (encoding.n_vocab, encoding.eot_token)
+    )
     return Corpus(path.stem, vocabulary, d_vocab, start, _sha256([*train, *val]), train, val)
 
 
@@ -284,10 +327,12 @@ FINEWEB_SHARD_TOKENS = 100_000_000
 
 
 def fetch_fineweb(folder, n_tokens, url=FINEWEB_URL):
-    """Fetches the held-out shard and as many training shards as n_tokens need; what is already there is kept. -> folder"""
+    """Fetches the held-out shard and as many training shards as n_tokens need; what is already
+    there is kept. -> folder
+    """
     needed = max(1, -(-n_tokens // FINEWEB_SHARD_TOKENS))
     if needed > FINEWEB_SHARDS:
-        print(f"FineWeb's public sample has {FINEWEB_SHARDS} shards; {n_tokens:,} tokens will repeat some of them")
+        print(f"FineWeb's public sample has {FINEWEB_SHARDS} shards: some tokens will come twice")
     names = ["val_000000", *(f"train_{n:06d}" for n in range(1, min(needed, FINEWEB_SHARDS) + 1))]
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
@@ -296,8 +341,10 @@ def fetch_fineweb(folder, n_tokens, url=FINEWEB_URL):
 
 
 def download_shard(url, path, attempts=5, wait=2.0):
-    """Fetches one shard to `path`. A broken connection is taken up where it broke, now or at the next call; the file gets its
-    name only when its size and header are right. Gives up with BadInput after `attempts` tries in a row that brought nothing."""
+    """Fetches one shard to `path`. A broken connection is taken up where it broke, now or at the
+    next call; the file gets its name only when its size and header are right. Gives up with
+    BadInput after `attempts` tries in a row that brought nothing.
+    """
     if path.exists():
         read_shard(path)
         return
@@ -309,14 +356,17 @@ def download_shard(url, path, attempts=5, wait=2.0):
             _download_rest(url, partial)
             break
         except urllib.error.HTTPError as error:
-            if error.code == 416:  # nothing after what is here: an earlier call was stopped just before it could rename the file
+            # all of it is here: an earlier call was stopped before it could rename the file
+            if error.code == 416:
                 break
             raise BadInput(f"could not fetch {url} ({error})") from None
         except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
             got = partial.stat().st_size if partial.exists() else 0
             failures = 1 if got > before else failures + 1
             if failures >= attempts:
-                raise BadInput(f"could not fetch {url} ({error}); run the same command again to go on from {got:,} bytes") from None
+                raise BadInput(
+                    f"could not fetch {url} ({error}); the same command goes on from {got:,} bytes"
+                ) from None
             time.sleep(wait)
     try:
         read_shard(partial)
@@ -327,7 +377,9 @@ def download_shard(url, path, attempts=5, wait=2.0):
 
 
 def _download_rest(url, partial):
-    """Appends to `partial` what it lacks. Raises if the server, or the connection, ends before the size it announced."""
+    """Appends to `partial` what it lacks. Raises if the server, or the connection, ends before the
+    size it announced.
+    """
     have = partial.stat().st_size if partial.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
     with urllib.request.urlopen(request, timeout=30) as response:

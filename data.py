@@ -1,10 +1,13 @@
-"""Tokens on disk and what is drawn from them: training batches, the evaluation set, random-token sequences.
+"""Tokens on disk and what is drawn from them: training batches, the evaluation set, random-token
+sequences.
 
-A shard is the .bin format of llm.c and modded-nanogpt: 256 int32 (magic 20240520, version 1, number of tokens, zeros), then the
-tokens as uint16. It is mapped, not read. Every draw is a pure function of its arguments; nothing here keeps a state.
+A shard is the .bin format of llm.c and modded-nanogpt: 256 int32 (magic 20240520, version 1, number
+of tokens, zeros), then the tokens as uint16. It is mapped, not read. Every draw is a pure function
+of its arguments; nothing here keeps a state.
 
-A row is `n_ctx` consecutive tokens of a shard. The model reads <start> t_1 ... t_{n-1} and predicts t_1 ... t_n, so that
-position i (counted from 1, as in the paper) is the token predicted from i - 1 tokens of context and the start token.
+A row is `n_ctx` consecutive tokens of a shard. The model reads <start> t_1 ... t_{n-1} and predicts
+t_1 ... t_n, so that position i (counted from 1, as in the paper) is the token predicted from i - 1
+tokens of context and the start token.
 """
 
 import dataclasses
@@ -29,10 +32,11 @@ def shard_header(n_tokens):
 
 
 def read_shard(path):
-    """The tokens of a .bin file as a read-only uint16 map: with the header above, or headerless (nanoGPT).
+    """The tokens of a .bin file as a read-only uint16 map: with the header above, or headerless
+    (nanoGPT).
 
-    Raises BadInput if the file is no shard, cut short or longer than its header says. Whether the tokens fit a vocabulary is
-    checked where they are drawn.
+    Raises BadInput if the file is no shard, cut short or longer than its header says. Whether the
+    tokens fit a vocabulary is checked where they are drawn.
     """
     path = Path(path)
     size = path.stat().st_size
@@ -40,11 +44,13 @@ def read_shard(path):
     offset = 0
     if len(header) and header[0] == MAGIC:
         if len(header) < 256 or header[1] != VERSION:
-            raise BadInput(f"{path}: the header is cut short or of another version than {VERSION}; fetch or write it again")
+            raise BadInput(f"{path}: its header is cut short or of another version than {VERSION}")
         offset, announced = HEADER_BYTES, HEADER_BYTES + 2 * int(header[2])
         if announced != size:
             fault = "cut short" if size < announced else "too long"
-            raise BadInput(f"{path}: {fault}: {size:,} bytes, but its header says {announced:,}; fetch or write it again")
+            raise BadInput(
+                f"{path}: {fault}: {size:,} bytes, its header says {announced:,}; fetch it again"
+            )
     if size % 2 or size == offset:
         raise BadInput(f"{path}: {size:,} bytes are no token shard (uint16 tokens, at least one)")
     return np.memmap(path, dtype=np.uint16, mode="r", offset=offset)
@@ -66,11 +72,15 @@ class Corpus:
         """How many rows there are; BadInput if none."""
         n_rows = sum(len(shard) // n_ctx for shard in getattr(self, split))
         if n_rows == 0:
-            raise BadInput(f"corpus {self.name}: the {split} text is shorter than one context of {n_ctx} tokens")
+            raise BadInput(
+                f"corpus {self.name}: its {split} text is shorter than one context of {n_ctx}"
+            )
         return n_rows
 
     def take(self, split, n_ctx, indices):
-        """The rows of those numbers: inputs and targets, int64 [row, n_ctx] each (module docstring)."""
+        """The rows of those numbers: inputs and targets, int64 [row, n_ctx] each (module
+        docstring).
+        """
         rows = np.empty((len(indices), n_ctx), dtype=np.int64)
         for row, index in zip(rows, indices, strict=True):
             for shard in getattr(self, split):
@@ -86,22 +96,25 @@ class Corpus:
 
     def refuse(self, token):
         raise BadInput(
-            f"corpus {self.name}: token {token} is beyond its vocabulary of {self.d_vocab}; pass the --vocabulary that its shards"
-            " were written with"
+            f"corpus {self.name}: token {token} is beyond its vocabulary of {self.d_vocab};"
+            " pass the --vocabulary that its shards were written with"
         )
 
 
 def training_batch(corpus, n_ctx, n_rows, seed, step, rank=0, world=1):
-    """Inputs and targets [n_rows / world, n_ctx] of one step for one rank: a pure function of its arguments.
+    """Inputs and targets [n_rows / world, n_ctx] of one step for one rank: a pure function of its
+    arguments.
 
-    Rows come in random order without replacement, an epoch later in another order. Models that share corpus, seed, n_ctx and
-    n_rows see the same rows in the same order, whatever else differs.
+    Rows come in random order without replacement, an epoch later in another order. Models that
+    share corpus, seed, n_ctx and n_rows see the same rows in the same order, whatever else differs.
     """
     available = corpus.rows("train", n_ctx)
     share = n_rows // world
     first = step * n_rows + rank * share
     places = (divmod(n, available) for n in range(first, first + share))
-    return corpus.take("train", n_ctx, [_order(available, seed, epoch)[place] for epoch, place in places])
+    return corpus.take(
+        "train", n_ctx, [_order(available, seed, epoch)[place] for epoch, place in places]
+    )
 
 
 @functools.lru_cache(maxsize=2)  # two: a batch may reach over the end of an epoch
@@ -110,25 +123,36 @@ def _order(n_rows, seed, epoch):
 
 
 def evaluation_rows(corpus, n_ctx, n_examples):
-    """Inputs and targets [n_examples, n_ctx]: held-out rows, the same for every model and seed; fewer are the first of more."""
+    """Inputs and targets [n_examples, n_ctx]: held-out rows, the same for every model and seed;
+    fewer are the first of more.
+    """
     available = corpus.rows("val", n_ctx)
     if n_examples > available:
-        raise BadInput(f"{n_examples} examples asked for, but corpus {corpus.name} holds out only {available}")
+        raise BadInput(
+            f"{n_examples} examples asked for, but corpus {corpus.name} holds out only {available}"
+        )
     order = np.random.default_rng(EVALUATION_SEED).permutation(available)
     return corpus.take("val", n_ctx, order[:n_examples])
 
 
 def random_sequences(corpus, n_examples=10, length=25, repeats=1, start=True):
-    """Random tokens, `length` of them drawn without replacement, then repeated: [n_examples, start + length * repeats].
+    """Random tokens, `length` of them drawn without replacement, then repeated: [n_examples, start
+    + length * repeats].
 
-    Very common and very rare tokens are left out, as in the paper (Model Analysis: evaluators), which does not say how many: here
-    the 4 % at either end of the frequency ranking, those seen fewer than 100 times, and <|endoftext|>.
+    Very common and very rare tokens are left out, as in the paper (Model Analysis: evaluators),
+    which does not say how many: here the 4 % at either end of the frequency ranking, those seen
+    fewer than 100 times, and <|endoftext|>.
     """
     pool = _ordinary_tokens(corpus)
     if len(pool) < length:
-        raise BadInput(f"corpus {corpus.name}: too little text: only {len(pool)} tokens are common enough to test heads with")
+        raise BadInput(
+            f"corpus {corpus.name}: too little text: only {len(pool)} tokens are common enough to"
+            " test heads with"
+        )
     rng = np.random.default_rng(EVALUATION_SEED)
-    draws = np.stack([np.tile(rng.choice(pool, length, replace=False), repeats) for _ in range(n_examples)])
+    draws = np.stack(
+        [np.tile(rng.choice(pool, length, replace=False), repeats) for _ in range(n_examples)]
+    )
     tokens = torch.from_numpy(draws)
     if not start:
         return tokens

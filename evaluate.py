@@ -1,11 +1,12 @@
 """Measures snapshots: losses, in-context learning, and what every attention head does.
 
-    python evaluate.py runs/NAME                  every snapshot of a run, on more examples than training could afford
     python evaluate.py runs/NAME/snapshots/X.pt   one snapshot: a table of its heads
+    python evaluate.py runs/NAME                  all of a run, on more examples than training took
 
-`train.py` calls `measure` on each snapshot as it takes it. A record holds, for one snapshot, the paper's quantities
-(see metrics.py): in-context learning score, loss by position, the per-token loss vector and three scores for each head.
-The examples are held-out rows and random-token sequences that are the same for every model, snapshot and seed.
+`train.py` calls `measure` on each snapshot as it takes it. A record holds, for one snapshot, the
+paper's quantities (see metrics.py): in-context learning score, loss by position, the per-token loss
+vector and three scores for each head. The examples are held-out rows and random-token sequences
+that are the same for every model, snapshot and seed.
 """
 
 import dataclasses
@@ -35,7 +36,8 @@ class Examples:
 
     inputs: torch.Tensor  # [example, 512]
     targets: torch.Tensor  # [example, 512]
-    token_index: torch.Tensor  # [example]: the one token of each example that enters the per-token loss vector
+    token_index: torch.Tensor  # [example]: each one's single place in the per-token loss vector
+    text: torch.Tensor  # [10, 512]: inputs as above, for the previous-token score
     repeated: torch.Tensor  # [10, 101]: start token, then 25 random tokens four times
     random: torch.Tensor  # [10, 25]: 25 random tokens, no start token (the paper's footnote 31)
 
@@ -51,11 +53,13 @@ def draw_examples(corpus, n_examples):
     if n_examples < 2:
         raise BadInput(f"{n_examples} examples: at least 2 are needed for a standard error")
     inputs, targets = evaluation_rows(corpus, N_CTX, n_examples)
+    text, _ = evaluation_rows(corpus, N_CTX, min(10, corpus.rows("val", N_CTX)))
     token_index = np.random.default_rng(EVALUATION_SEED).integers(N_CTX, size=n_examples)
     return Examples(
         inputs,
         targets,
         torch.from_numpy(token_index),
+        text,
         repeated=random_sequences(corpus, repeats=4),
         random=random_sequences(corpus, start=False),
     )
@@ -63,7 +67,9 @@ def draw_examples(corpus, n_examples):
 
 @torch.no_grad()
 def measure(model, examples, cores, ranks):
-    """One snapshot's record: {name: float or float32 array}; every quantity is defined in metrics.py."""
+    """One snapshot's record: {name: float or float32 array}; every quantity is defined in
+    metrics.py.
+    """
     losses = example_losses(model, examples, cores, ranks)
     score, score_error = metrics.in_context_learning_score(losses)
     band, band_error = metrics.band_score(losses)
@@ -76,9 +82,14 @@ def measure(model, examples, cores, ranks):
         "loss_by_position": losses.mean(dim=0),
         "per_token_loss": losses.gather(1, examples.token_index.cpu()[:, None]).squeeze(1),
     }
-    record["derivative_position"], record["loss_derivative"] = metrics.log_position_derivative(losses.mean(dim=0))
+    record["derivative_position"], record["loss_derivative"] = metrics.log_position_derivative(
+        losses.mean(dim=0)
+    )
     record |= head_scores(model, examples)
-    return {name: value.numpy(force=True) if torch.is_tensor(value) else value for name, value in record.items()}
+    return {
+        name: value.numpy(force=True) if torch.is_tensor(value) else value
+        for name, value in record.items()
+    }
 
 
 def example_losses(model, examples, cores, ranks):
@@ -94,8 +105,10 @@ def example_losses(model, examples, cores, ranks):
 
 @torch.no_grad()
 def head_scores(model, examples):
-    """Prefix matching, copying and previous-token score of every head, each [layer, head]; the share of its own key that
-    each head keeps, if keys are smeared. Patterns are scored as they arise, one layer at a time."""
+    """Prefix matching, copying and previous-token score of every head, each [layer, head]; the
+    share of its own key that each head keeps, if keys are smeared. Patterns are scored as they
+    arise, one layer at a time.
+    """
     scores = {}
 
     def score(name, value):
@@ -105,7 +118,9 @@ def head_scores(model, examples):
         if name == "pattern":
             score("prefix_matching", metrics.prefix_matching_score(value, examples.repeated))
             score("match_itself", metrics.prefix_matching_score(value, examples.repeated, offset=0))
-            score("match_before", metrics.prefix_matching_score(value, examples.repeated, offset=-1))
+            score(
+                "match_before", metrics.prefix_matching_score(value, examples.repeated, offset=-1)
+            )
 
     def on_text(name, layer, value):
         if name == "pattern":
@@ -121,7 +136,7 @@ def head_scores(model, examples):
             score("copying", metrics.copying_score(value, effect))
 
     model.residual(examples.repeated, on_repeated)
-    model.residual(examples.inputs[:10], on_text)
+    model.residual(examples.text, on_text)
     model.residual(examples.random, on_random)
     if model.config.smear:
         scores["own_key_share"] = [torch.sigmoid(block.attn.alpha) for block in model.blocks]
@@ -129,11 +144,13 @@ def head_scores(model, examples):
 
 
 def logit_effect(model, layer, v, tokens):
-    """What the value at each position would add to the logits of the sequence's own tokens if fully attended to: straight
-    through W_O and the unembedding, relative to the mean over the vocabulary.
+    """What the value at each position would add to the logits of the sequence's own tokens if fully
+    attended to: straight through W_O and the unembedding, relative to the mean over the
+    vocabulary.
 
-    v [batch, head, pos, d_head], tokens [batch, pos] -> [batch, head, pos, token]. The final LayerNorm enters through its
-    centring and its gain; its scale, which is the same for all tokens, is left out.
+    v [batch, head, pos, d_head], tokens [batch, pos] -> [batch, head, pos, token]. The final
+    LayerNorm enters through its centring and its gain; its scale, which is the same for all tokens,
+    is left out.
     """
     W_U = model.ln_final.w[:, None] * model.unembed["W_U"]
     W_U = W_U - W_U.mean(dim=1, keepdim=True)
@@ -143,18 +160,23 @@ def logit_effect(model, layer, v, tokens):
 
 
 def find_phase_change(records):
-    """(first, last) index into records, or None. Found on the band score, the less noisy form of the same quantity."""
-    return metrics.phase_change([r["icl_band_score"] for r in records], [r["tokens"] for r in records])
+    """(first, last) index into records, or None. Found on the band score, the less noisy form of
+    the same quantity.
+    """
+    return metrics.phase_change(
+        [r["icl_band_score"] for r in records], [r["tokens"] for r in records]
+    )
 
 
 def summarise(records, measure_again):
     """What a run shows, on a page: the measured part of summary.json.
 
-    The phase change is found in the records of all snapshots. The numbers given for its start and end and for the end of
-    training come from `measure_again(index)`, which may use more examples.
+    The phase change is found in the records of all snapshots. The numbers given for its start and
+    end and for the end of training come from `measure_again(index)`, which may use more examples.
     """
     last = measure_again(len(records) - 1)
     shown = {
+        "examples": len(last["per_token_loss"]),
         "loss": last["loss"],
         "icl_score": last["icl_score"],
         "icl_score_error": last["icl_score_error"],
@@ -182,9 +204,12 @@ def summarise(records, measure_again):
             "end_step": int(end["step"]),
             "start_tokens": int(start["tokens"]),
             "end_tokens": int(end["tokens"]),
-            # the snapshots by which score and best head have made half their way: do they come together?
+            # the snapshots by which score and best head have made half their way: do they come
+            # together?
             "icl_half_way_snapshot": metrics.half_way([r["icl_band_score"] for r in records]),
-            "prefix_matching_half_way_snapshot": metrics.half_way([r["prefix_matching"].max() for r in records]),
+            "prefix_matching_half_way_snapshot": metrics.half_way(
+                [r["prefix_matching"].max() for r in records]
+            ),
         }
     return shown
 
@@ -208,8 +233,8 @@ def print_heads(rows):
     print("  head  prefix matching  copying  previous token  class")
     for row in rows:
         print(
-            f"{row['head']:>6}  {row['prefix_matching']:>15.3f}  {row['copying']:>+7.2f}  {row['previous_token']:>14.3f}"
-            f"  {row['class']}"
+            f"{row['head']:>6}  {row['prefix_matching']:>15.3f}  {row['copying']:>+7.2f}"
+            f"  {row['previous_token']:>14.3f}  {row['class']}"
         )
 
 
@@ -217,7 +242,8 @@ def one_line(record):
     """A record's three most telling numbers."""
     matching, previous = best_head(record["prefix_matching"]), best_head(record["previous_token"])
     return (
-        f"ICL {record['icl_band_score']:+.2f}  prefix matching {matching['head']} {matching['score']:.2f}"
+        f"ICL {record['icl_band_score']:+.2f}"
+        f"  prefix matching {matching['head']} {matching['score']:.2f}"
         f"  previous token {previous['head']} {previous['score']:.2f}"
     )
 
@@ -226,16 +252,20 @@ def conclusion(summary):
     """The sentence that a run ends with."""
     matching, previous = summary["best_prefix_matching"], summary["best_previous_token"]
     heads = (
-        f"best prefix-matching head {matching['head']} ({matching['score']:.2f}), best previous-token head {previous['head']}"
-        f" ({previous['score']:.2f}); loss {summary['loss']:.3f}"
+        f"best prefix-matching head {matching['head']} ({matching['score']:.2f}), best"
+        f" previous-token head {previous['head']} ({previous['score']:.2f})"
     )
-    score = f"{summary['icl_score']:+.2f} +- {summary['icl_score_error']:.2f} on {summary['examples']:,} examples"
+    score = (
+        f"{summary['icl_score']:+.2f} +- {summary['icl_score_error']:.2f}"
+        f" on {summary['examples']:,} examples"
+    )
     change = summary["phase_change"]
     if change is None:
         return f"no phase change; in-context learning score {score}; {heads}"
     return (
-        f"phase change from {change['start_tokens'] / 1e6:.2f}M to {change['end_tokens'] / 1e6:.2f}M tokens: in-context"
-        f" learning score {summary['icl_before']:+.2f} -> {summary['icl_after']:+.2f}, at the end {score}; {heads}"
+        f"phase change from {change['start_tokens'] / 1e6:.2f}M to"
+        f" {change['end_tokens'] / 1e6:.2f}M tokens: in-context learning score"
+        f" {summary['icl_before']:+.2f} -> {summary['icl_after']:+.2f}, at the end {score}; {heads}"
     )
 
 
@@ -251,12 +281,12 @@ def main(argv=None):
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("path", type=Path, help="the folder of a run, or one snapshot")
-    add("--examples", type=int, default=1000, help="held-out examples of 512 tokens (default: 1000)")
-    add("--data", help="corpus to measure on (default: the one it was trained on, if that is built in)")
+    add("--examples", type=int, default=1000, help="of 512 tokens, held out (default: 1000)")
+    add("--data", help="corpus to measure on (default: the one trained on, if it is built in)")
     add("--vocabulary", metavar="FILE", help="gpt2 or a .tiktoken file (default: the corpus's)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     add("--kernels", choices=("reference", "torch"), default="torch", help="default: torch")
-    add("--out", type=Path, help="where to write the records (default: into the run; a snapshot's nowhere)")
+    add("--out", type=Path, help="file for the records (default: a run's own, a snapshot's none)")
     args = parser.parse_args(argv)
     args.device = pick_device(args.device)
     ranks = Ranks(args.device)
@@ -271,11 +301,13 @@ def evaluate_snapshot(args, ranks):
     record = measure_file(args.path)
     if not ranks.is_first:
         return
-    print(f"{args.path}: step {record['step']:,}, {record['tokens'] / 1e6:.2f}M tokens; {args.examples:,} examples")
-    print(f"loss {record['loss']:.3f} nats")
     print(
-        f"in-context learning score {record['icl_score']:+.3f} +- {record['icl_score_error']:.3f} nats (token {metrics.LATE}"
-        f" minus token {metrics.EARLY}); in bands {record['icl_band_score']:+.3f} +- {record['icl_band_score_error']:.3f}"
+        f"{args.path}: after {record['step']:,} steps, {record['tokens'] / 1e6:.2f}M tokens;"
+        f" measured on {args.examples:,} examples\n"
+        f"loss {record['loss']:.3f} nats\n"
+        f"in-context learning score {record['icl_score']:+.3f} +- {record['icl_score_error']:.3f}"
+        f" nats (token {metrics.LATE} minus token {metrics.EARLY}); between bands"
+        f" {record['icl_band_score']:+.3f} +- {record['icl_band_score_error']:.3f}"
     )
     print_heads(heads_table(record))
     if args.out:
@@ -301,7 +333,7 @@ def evaluate_run(args, ranks):
     if not ranks.is_first:
         return
     write_records(out, records)
-    summary = {"examples": args.examples, **summarise(records, lambda index: records[index])}
+    summary = summarise(records, records.__getitem__)
     if args.out is None and (args.path / "summary.json").exists():
         summary = read_json(args.path / "summary.json") | summary
         write_json(args.path / "summary.json", summary)
@@ -313,23 +345,30 @@ def evaluate_run(args, ranks):
 def prepare(args, trained_on, ranks):
     """Draws the examples; returns the function that measures a snapshot file.
 
-    trained_on: {"data", "name", "sha256"} as a snapshot tells it. Its path is not followed: the file may be a stranger's.
+    trained_on: {"data", "name", "sha256"} as a snapshot tells it. Its path is not followed: the
+    file may be a stranger's.
     """
     data = args.data or trained_on["data"]
     if args.data is None and data not in BUILT_IN:
-        raise BadInput(f"{args.path} was trained on {trained_on['name']}: pass --data with a path of that text")
+        raise BadInput(
+            f"{args.path} was trained on {trained_on['name']}: pass --data with a path of that text"
+        )
     corpus = ranks.first_then_all(lambda: open_corpus(data, args.vocabulary))
     if corpus.sha256 != trained_on["sha256"] and ranks.is_first:
-        print(f"note: this is not the corpus it was trained on: {corpus.sha256[:12]}, not {trained_on['sha256'][:12]}")
+        print(
+            f"note: sha256 {corpus.sha256[:12]} is not the corpus it was trained on,"
+            f" {trained_on['sha256'][:12]}: held-out text may have been seen"
+        )
     examples = draw_examples(corpus, args.examples).to(args.device)
     cores = Cores(args.device)
 
     def measure_file(path):
         model, about = load_snapshot(path, kernels=args.kernels)
         if model.config.d_vocab != corpus.d_vocab:
-            raise BadInput(f"{path}: a vocabulary of {model.config.d_vocab}, but {corpus.name} has {corpus.d_vocab}")
+            wanted, given = model.config.d_vocab, corpus.d_vocab
+            raise BadInput(f"{path}: a vocabulary of {wanted}, but {corpus.name} has {given}")
         if model.config.n_ctx < N_CTX:
-            raise BadInput(f"{path}: a context of {model.config.n_ctx}, shorter than the {N_CTX} tokens of an example")
+            raise BadInput(f"{path}: its context of {model.config.n_ctx} is shorter than {N_CTX}")
         record = measure(model.to(args.device), examples, cores, ranks)
         return {"step": about["step"], "tokens": about["tokens"], **record}
 

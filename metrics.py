@@ -1,7 +1,8 @@
 """Every number of the paper as a pure function of tensors: no model, no files, no randomness.
 
-Positions are counted from 1, as in the paper: position i is the token predicted from the start token and i - 1
-tokens of context. Losses are in nats. Patterns are [batch, head, query, key], rows summing to 1.
+Positions are counted from 1, as in the paper: position i is the token predicted from the start
+token and i - 1 tokens of context. Losses are in nats. Patterns are [batch, head, query, key], rows
+summing to 1.
 """
 
 import itertools
@@ -14,8 +15,8 @@ EARLY_BAND, LATE_BAND = (40, 60), (480, 511)
 
 
 def in_context_learning_score(losses, early=EARLY, late=LATE):
-    """Loss at the 500th token minus loss at the 50th ("Key concepts"): negative, and the more so the better the
-    model uses its context.
+    """Loss at the 500th token minus loss at the 50th ("Key concepts"): negative, and the more so
+    the better the model uses its context.
 
     losses [example, pos] -> (score, its standard error over the examples), nats.
     """
@@ -23,9 +24,11 @@ def in_context_learning_score(losses, early=EARLY, late=LATE):
 
 
 def band_score(losses, early=EARLY_BAND, late=LATE_BAND):
-    """The in-context learning score with each of its two positions widened to a band, both ends included.
+    """The in-context learning score with each of its two positions widened to a band, both ends
+    included.
 
-    The same quantity with a quarter of the noise, for finding the phase change in few examples; (score, error).
+    The same quantity with a quarter of the noise, for finding the phase change in few examples;
+    (score, error).
     """
     late_loss = losses[:, late[0] - 1 : late[1]].mean(dim=1)
     return _mean_and_error(late_loss - losses[:, early[0] - 1 : early[1]].mean(dim=1))
@@ -38,11 +41,16 @@ def _mean_and_error(values):
 def log_position_bins(values, n_bins=32, first=4):
     """Means over bins of equal width in ln(position), from position `first` on.
 
-    values [..., pos] -> (the bins' mean ln(position) [bin], means [..., bin]). There are fewer than n_bins bins where
-    they would be narrower than a position.
+    values [..., pos] -> (the bins' mean ln(position) [bin], means [..., bin]). There are fewer than
+    n_bins bins where they would be narrower than a position.
     """
     n_ctx = values.shape[-1]
-    edges = torch.logspace(math.log2(first), math.log2(n_ctx + 1), n_bins + 1, base=2).round().long().unique()
+    edges = (
+        torch.logspace(math.log2(first), math.log2(n_ctx + 1), n_bins + 1, base=2)
+        .round()
+        .long()
+        .unique()
+    )
     log_position = torch.arange(1, n_ctx + 1, dtype=torch.float64).log()
     bins = [slice(start - 1, stop - 1) for start, stop in itertools.pairwise(edges.tolist())]
     centres = torch.stack([log_position[piece].mean() for piece in bins])
@@ -52,8 +60,8 @@ def log_position_bins(values, n_bins=32, first=4):
 def log_position_derivative(loss_by_position):
     """d loss / d ln(position): what one e-fold more context is worth ("loss derivatives"), nats.
 
-    loss_by_position [..., pos] -> (position at the bins' centres [bin], derivative [..., bin]). Differentiated
-    after binning (`log_position_bins`), because single positions are noise.
+    loss_by_position [..., pos] -> (position at the bins' centres [bin], derivative [..., bin]).
+    Differentiated after binning (`log_position_bins`), because single positions are noise.
     """
     centres, binned = log_position_bins(loss_by_position)
     return centres.exp(), torch.gradient(binned, spacing=(centres,), dim=-1)[0]
@@ -62,9 +70,10 @@ def log_position_derivative(loss_by_position):
 def prefix_matching_keys(tokens, offset=1):
     """The keys that count as prefix matching: bool [batch, query, key].
 
-    Key k counts for query q if the token at k - offset is q's own token, seen before q. offset 1 is the definition
-    (attend to what came next the last times); 0 is a duplicate-token head and -1 the literal reading of the
-    article's text, both kept as controls. Position 0, the start token, is nobody's copy.
+    Key k counts for query q if the token at k - offset is q's own token, seen before q. offset 1 is
+    the definition (attend to what came next the last times); 0 is a duplicate-token head and -1 the
+    literal reading of the article's text, both kept as controls. Position 0, the start token, is
+    nobody's copy.
     """
     n_ctx = tokens.shape[1]
     key = torch.arange(n_ctx, device=tokens.device)
@@ -75,12 +84,13 @@ def prefix_matching_keys(tokens, offset=1):
 
 
 def prefix_matching_score(pattern, tokens, offset=1):
-    """How much of its attention a head spends on the tokens that followed earlier copies of the present token.
+    """How much of its attention a head spends on the tokens that followed earlier copies of the
+    present token.
 
-    pattern [batch, head, query, key] over start-token-led repeated random `tokens` [batch, pos] -> [head], 0 to 1.
-    Summed over all earlier copies, averaged over the queries that have one (paper: evaluators; a mean over the
-    entries themselves could not exceed one half). An ideal induction head has 1, uniform attention 0.0307 on the
-    paper's 4 x 25 tokens.
+    pattern [batch, head, query, key] over start-token-led repeated random `tokens` [batch, pos] ->
+    [head], 0 to 1. Summed over all earlier copies, averaged over the queries that have one (paper:
+    evaluators; a mean over the entries themselves could not exceed one half). An ideal induction
+    head has 1, uniform attention 0.0307 on the paper's 4 x 25 tokens.
     """
     keys = prefix_matching_keys(tokens, offset)
     queries = prefix_matching_keys(tokens).any(dim=-1)  # the same rows for every offset
@@ -89,49 +99,58 @@ def prefix_matching_score(pattern, tokens, offset=1):
 
 
 def previous_token_score(pattern):
-    """Mean attention from a token to the one before it: [batch, head, query, key] -> [head], 0 to 1."""
+    """Mean attention from a token to the one before it: [batch, head, query, key] -> [head], 0 to
+    1.
+    """
     return pattern.diagonal(-1, dim1=2, dim2=3).mean(dim=(0, 2))
 
 
 def copying_score(pattern, logit_effect):
-    """Does a head raise the logit of the token it attends to, more than of the other tokens of the sample?
+    """Does a head raise the logit of the token it attends to, more than of the other tokens of the
+    sample?
 
-    pattern [batch, head, query, key]; logit_effect [batch, head, key, token]: what the value at a key adds to the
-    logit of each token of the sample, minus the mean over the whole vocabulary, with tokens in the order of the keys
-    (so that [j, j] is a key's own token). -> [head], from -1 (raises only others) to 1 (only the attended token).
+    pattern [batch, head, query, key]; logit_effect [batch, head, key, token]: what the value at a
+    key adds to the logit of each token of the sample, minus the mean over the whole vocabulary,
+    with tokens in the order of the keys (so that [j, j] is a key's own token). -> [head], from -1
+    (raises only others) to 1 (only the attended token).
 
-    Only raises count. With a the raise of attended tokens and T the raise of all tokens of the sample, both weighted
-    by attention, the paper's ratio "0 to 0.5" is a / (a + T), scaled to [-1, 1]. A head that raises all 25 tokens
-    alike has -0.85; the score is positive if more than a third of the raise goes to the attended token.
+    Only raises count. With a the raise of attended tokens and T the raise of all tokens of the
+    sample, both weighted by attention, the paper's ratio "0 to 0.5" is a / (a + T), scaled to [-1,
+    1]. A head that raises all 25 tokens alike has -0.85; the score is positive if more than a third
+    of the raise goes to the attended token.
     """
     raised = logit_effect.relu()
     attention = pattern.sum(dim=2)  # [batch, head, key]
     own = (attention * raised.diagonal(dim1=2, dim2=3)).sum(dim=(0, 2))
     total = (attention * raised.sum(dim=3)).sum(dim=(0, 2))
-    ratio = torch.where(total > 0, own / (own + total), torch.zeros_like(own))  # nothing raised: nothing copied
+    ratio = torch.where(
+        total > 0, own / (own + total), torch.zeros_like(own)
+    )  # nothing raised: nothing copied
     return 4 * ratio - 1
 
 
-# a head's class is read off its scores at these thresholds; the paper names none, and in its scatter plots heads are
-# near 0 or above 0.5
+# a head's class is read off its scores at these thresholds; the paper names none, and in its
+# scatter plots heads are near 0 or above 0.5
 INDUCTION_PREFIX_MATCHING, PREVIOUS_TOKEN = 0.4, 0.4
 
 
 def head_class(prefix_matching, copying, previous_token):
-    """ "induction" (prefix matching and copying), "previous token" or "other", from one head's three scores."""
+    """What its scores make a head: "induction" (matches, copies), "previous token" or "other"."""
     if prefix_matching >= INDUCTION_PREFIX_MATCHING and copying > 0:
         return "induction"
     return "previous token" if previous_token >= PREVIOUS_TOKEN else "other"
 
 
 def phase_change(scores, tokens, smallest=0.1):
-    """The stretch of training in which in-context learning appears: (first, last) snapshot index, or None.
+    """The stretch of training in which in-context learning appears: (first, last) snapshot index,
+    or None.
 
-    scores: in-context learning score of each snapshot; tokens: trained on by then. The score is smoothed over five
-    snapshots; the change is the stretch around its steepest descent where it falls at least a quarter as fast,
-    leaving out the first 2 % of training. None if it falls by less than `smallest` nats there, or if there are fewer
-    than 20 snapshots to tell by. (The paper selects its interval "based on the derivative of the in-context learning
-    score" and says no more.)
+    scores: in-context learning score of each snapshot; tokens: trained on by then. The score is
+    smoothed over five snapshots; the change is the stretch around its steepest descent where it
+    falls at least a quarter as fast, leaving out the first 2 % of training. None if it falls by
+    less than `smallest` nats there, or if there are fewer than 20 snapshots to tell by. (The paper
+    selects its interval "based on the derivative of the in-context learning score" and says no
+    more.)
     """
     scores = torch.as_tensor(scores, dtype=torch.float64)
     tokens = torch.as_tensor(tokens, dtype=torch.float64)
@@ -154,7 +173,9 @@ def phase_change(scores, tokens, smallest=0.1):
 
 
 def half_way(values):
-    """Index of the first snapshot at which `values` has made half its way from its first value to its last."""
+    """Index of the first snapshot at which `values` has made half its way from its first value to
+    its last.
+    """
     values = torch.as_tensor(values, dtype=torch.float64)
     progress = (values - values[0]) / (values[-1] - values[0])
     return int((progress >= 0.5).nonzero()[0])

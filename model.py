@@ -1,22 +1,24 @@
 """The transformer of the paper, its sizes, and its snapshots on disk.
 
-A decoder-only, pre-LayerNorm transformer that can be attention-only (`d_mlp = 0`), as in "A Mathematical Framework for
-Transformer Circuits". Two things differ from GPT-2, both because the paper's argument needs them:
+A decoder-only, pre-LayerNorm transformer that can be attention-only (`d_mlp = 0`), as in "A
+Mathematical Framework for Transformer Circuits". Two things differ from GPT-2, both because the
+paper's argument needs them:
 
-- Positions never enter the residual stream. A fixed sinusoid is added to the input of W_Q and W_K in every layer, after the
-  LayerNorm (Press et al. 2020, section 5.1). Heads see where tokens are but cannot copy positions around, which leaves
-  K-composition as the only way for two layers to build an induction head.
-- Keys may be smeared (`smear`): every head mixes a share of the previous token's key into each key, which hands a single layer
-  what otherwise takes a previous-token head.
+- Positions never enter the residual stream. A fixed sinusoid is added to the input of W_Q and W_K
+  in every layer, after the LayerNorm (Press et al. 2020, section 5.1). Heads see where tokens are
+  but cannot copy positions around, which leaves K-composition as the only way for two layers to
+  build an induction head.
+- Keys may be smeared (`smear`): every head mixes a share of the previous token's key into each key,
+  which hands a single layer what otherwise takes a previous-token head.
 
-Row vectors throughout: `resid @ W`. So QK = W_Q @ W_K.T and OV = W_V @ W_O for each head. Weights have TransformerLens' names and
-shapes. Shapes below: resid [batch, pos, d_model]; q k v z [batch, head, pos, d_head]; pattern [batch, head, query, key].
+Row vectors throughout: `resid @ W`. So QK = W_Q @ W_K.T and OV = W_V @ W_O for each head. Weights
+have TransformerLens' names and shapes. Shapes below: resid [batch, pos, d_model]; q k v z [batch,
+head, pos, d_head]; pattern [batch, head, query, key].
 """
 
 import dataclasses
 import io
 import math
-import pickle
 import zipfile
 from pathlib import Path
 
@@ -41,9 +43,11 @@ class ModelConfig:
     n_ctx: int  # longest input, start token included
     d_vocab: int
     smear: bool = False
-    # for each head of a layer how many positions it sees, itself included; None: all heads see everything
+    # for each head of a layer how many positions it sees, itself included; None: all heads see
+    # everything
     windows: tuple[int, ...] | None = None
-    # the sinusoid: amplitude, and the wavelengths in radians a token, from max_frequency down to max_frequency / base
+    # the sinusoid: amplitude, and the wavelengths in radians a token, from max_frequency down to
+    # max_frequency / base
     position_scale: float = 1.0
     position_base: float = 10_000.0
     position_max_frequency: float = 1.0
@@ -52,26 +56,35 @@ class ModelConfig:
         for name in ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "n_ctx", "d_vocab"):
             value, least = getattr(self, name), 0 if name == "d_mlp" else 1
             if type(value) is not int or value < least:
-                raise BadInput(f"{name} is {value!r}: it must be a whole number of at least {least}")
+                raise BadInput(
+                    f"{name} is {value!r}: it must be a whole number of at least {least}"
+                )
         if self.d_model % 2:
-            raise BadInput(f"d_model is {self.d_model}: it must be even, for as many sines as cosines")
+            raise BadInput(
+                f"d_model is {self.d_model}: it must be even, for as many sines as cosines"
+            )
         for name in ("position_scale", "position_base", "position_max_frequency"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise BadInput(f"{name} is {value!r}: it must be a positive number")
-        if self.windows is not None and (len(self.windows) != self.n_heads or min(self.windows) < 1):
-            raise BadInput(f"windows {self.windows}: one number of at least 1 for each of {self.n_heads} heads")
+        if self.windows is not None and (
+            len(self.windows) != self.n_heads or min(self.windows) < 1
+        ):
+            raise BadInput(
+                f"windows {self.windows}: one number of at least 1 for each of {self.n_heads} heads"
+            )
 
 
-# The three sizes of the small series. mini trains in minutes on two CPU cores; small on one GPU; paper is the paper's own.
-# d_head is 64 everywhere: it is the one size that the phase change depends on most when models shrink.
+# The three sizes of the small series. mini trains in minutes on two CPU cores; small on one GPU;
+# paper is the paper's own. d_head is 64 everywhere: it is the one size that the phase change
+# depends on most when models shrink.
 SCALES = {
-    "mini": dict(
-        d_model=128, n_heads=2, d_head=64, n_ctx=512,
-        position_scale=4.0, position_base=300.0, position_max_frequency=2.5,
-    ),
-    "small": dict(d_model=768, n_heads=12, d_head=64, n_ctx=1024),
-    "paper": dict(d_model=768, n_heads=12, d_head=64, n_ctx=8192),
+    "mini": {
+        "d_model": 128, "n_heads": 2, "d_head": 64, "n_ctx": 512,
+        "position_scale": 4.0, "position_base": 300.0, "position_max_frequency": 2.5,
+    },
+    "small": {"d_model": 768, "n_heads": 12, "d_head": 64, "n_ctx": 1024},
+    "paper": {"d_model": 768, "n_heads": 12, "d_head": 64, "n_ctx": 8192},
 }  # fmt: skip
 
 
@@ -79,19 +92,33 @@ def config_for(scale, n_layers, attn_only, d_vocab, smear=False):
     """The model of the small series with that many layers, at one of the three scales."""
     sizes = SCALES[scale]
     return ModelConfig(
-        n_layers=n_layers, d_mlp=0 if attn_only else 4 * sizes["d_model"], d_vocab=d_vocab, smear=smear, **sizes
+        n_layers=n_layers,
+        d_mlp=0 if attn_only else 4 * sizes["d_model"],
+        d_vocab=d_vocab,
+        smear=smear,
+        **sizes,
     )
 
 
 def _full_scale(n_layers, n_heads, d_head):
-    """Dense and local heads in equal number. The paper names neither their ratio nor the window: 256 is our choice."""
+    """Dense and local heads in equal number. The paper names neither their ratio nor the window:
+    256 is our choice.
+    """
     d_model = n_heads * d_head
     return ModelConfig(
-        n_layers, d_model, n_heads, d_head, 4 * d_model, 8192, 2**16, windows=(8192, 256) * (n_heads // 2)
+        n_layers,
+        d_model,
+        n_heads,
+        d_head,
+        4 * d_model,
+        8192,
+        2**16,
+        windows=(8192, 256) * (n_heads // 2),
     )
 
 
-# Every model shape of the paper by name, at the paper's scale. The books series has the shapes of the small one.
+# Every model shape of the paper by name, at the paper's scale. The books series has the shapes of
+# the small one.
 SERIES = {
     **{f"small-attn-only-{n}": config_for("paper", n, True, 2**16) for n in range(1, 7)},
     **{f"small-mlp-{n}": config_for("paper", n, False, 2**16) for n in range(1, 7)},
@@ -175,12 +202,15 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`model(tokens)` -> logits; `model.losses(tokens, targets)` -> nats for each token, without the logits in memory.
+    """`model(tokens)` -> logits; `model.losses(tokens, targets)` -> nats for each token, without
+    the logits in memory.
 
-    Both take `hook(name, layer, value)`, called on resid_pre, q, k, v, pattern, z, resid_mid, mlp_out and resid_post of every
-    layer and on resid_final: what it returns replaces the value, None keeps it. Without a hook no pattern exists in memory.
+    Both take `hook(name, layer, value)`, called on resid_pre, q, k, v, pattern, z, resid_mid,
+    mlp_out and resid_post of every layer and on resid_final: what it returns replaces the value,
+    None keeps it. Without a hook no pattern exists in memory.
 
-    kernels: "reference" or "torch". dtype: of the matrix products; weights and the residual stream stay in float32.
+    kernels: "reference" or "torch". dtype: of the matrix products; weights and the residual stream
+    stay in float32.
     """
 
     def __init__(self, config, kernels="torch", dtype=torch.float32):
@@ -195,7 +225,9 @@ class Transformer(nn.Module):
         self.register_buffer("positions", sinusoid(config), persistent=False)  # [n_ctx, d_model]
 
     def init_weights(self, seed):
-        """Matrices normal with deviation 0.02, gains 1, biases 0; the same weights for the same seed on every device."""
+        """Matrices normal with deviation 0.02, gains 1, biases 0; the same weights for the same
+        seed on every device.
+        """
         generator = torch.Generator().manual_seed(seed)
         for parameter in self.parameters():
             if parameter.dim() > 1:
@@ -204,10 +236,14 @@ class Transformer(nn.Module):
         return self
 
     def residual(self, tokens, hook=None):
-        """tokens [batch, pos] -> the residual stream after the final LayerNorm [batch, pos, d_model], in `dtype`."""
+        """tokens [batch, pos] -> the residual stream after the final LayerNorm [batch, pos,
+        d_model], in `dtype`.
+        """
         n_ctx = tokens.shape[1]
         if n_ctx > self.config.n_ctx:
-            raise BadInput(f"{n_ctx} tokens are longer than the model's context of {self.config.n_ctx}")
+            raise BadInput(
+                f"{n_ctx} tokens are longer than the model's context of {self.config.n_ctx}"
+            )
         positions = self.positions[:n_ctx].to(self.dtype)
         resid = self.embed["W_E"][tokens]
         for layer, block in enumerate(self.blocks):
@@ -219,17 +255,22 @@ class Transformer(nn.Module):
         return self.residual(tokens, hook) @ self.unembed["W_U"].to(self.dtype)
 
     def losses(self, tokens, targets, hook=None):
-        """Cross-entropy in nats at every position: tokens, targets [batch, pos] -> [batch, pos], float32."""
+        """Cross-entropy in nats at every position: tokens, targets [batch, pos] -> [batch, pos],
+        float32.
+        """
         resid = self.residual(tokens, hook)
         W_U = self.unembed["W_U"].to(self.dtype)
-        return linear_cross_entropy(resid.flatten(0, 1), W_U, targets.flatten(), self.kernels).view(targets.shape)
+        return linear_cross_entropy(resid.flatten(0, 1), W_U, targets.flatten(), self.kernels).view(
+            targets.shape
+        )
 
 
 def sinusoid(config):
-    """The fixed position signal added to the inputs of W_Q and W_K, [n_ctx, d_model]: sines, then cosines.
+    """The fixed position signal added to the inputs of W_Q and W_K, [n_ctx, d_model]: sines, then
+    cosines.
 
-    A shift by any number of positions is one rotation of this vector, which W_Q W_K^T can learn: so a head can look at "one
-    token back" wherever it stands.
+    A shift by any number of positions is one rotation of this vector, which W_Q W_K^T can learn: so
+    a head can look at "one token back" wherever it stands.
     """
     position = torch.arange(config.n_ctx, dtype=torch.float64)[:, None]
     exponent = torch.arange(config.d_model // 2, dtype=torch.float64) / (config.d_model / 2)
@@ -238,7 +279,7 @@ def sinusoid(config):
 
 
 def count_parameters(model):
-    """All parameters, and those of the blocks alone: the paper counts the latter ("non-embedding")."""
+    """-> (all parameters, the blocks' matrices alone: the paper's "non-embedding" parameters)."""
     everything = sum(p.numel() for p in model.parameters())
     matrices = sum(p.numel() for block in model.blocks for p in block.parameters() if p.dim() > 1)
     return everything, matrices
@@ -260,8 +301,9 @@ def save_snapshot(path, model, step, tokens, corpus):
 def load_snapshot(path, **options):
     """-> (model, about): what `save_snapshot` wrote; about is {"step", "tokens", "corpus"}.
 
-    The file may come from a stranger: it can run no code, and no memory is taken that it does not back. options: kernels
-    and dtype, as for Transformer. Raises BadInput if the file is not a whole snapshot.
+    The file may come from a stranger: it can run no code, and no memory is taken that it does not
+    back. options: kernels and dtype, as for Transformer. Raises BadInput if the file is not a whole
+    snapshot.
     """
     content = load_tensors(path)
     try:
@@ -276,16 +318,26 @@ def load_snapshot(path, **options):
         config = ModelConfig(**config)
     except (KeyError, TypeError, ValueError, BadInput) as error:
         raise BadInput(f"{path}: not a snapshot written by train.py ({error})") from None
-    # the sizes are only the file's word so far: build nothing larger than the file itself before they are checked
+    # the sizes are only the file's word so far: build nothing larger than the file itself before
+    # they are checked
     n_bytes = Path(path).stat().st_size
     if config.n_layers > len(weights) or 4 * config.n_ctx * config.d_model > max(n_bytes, 2**26):
-        raise BadInput(f"{path}: a damaged snapshot: it has {len(weights)} weights, too few for {config}")
+        raise BadInput(
+            f"{path}: a damaged snapshot: it has {len(weights)} weights, too few for {config}"
+        )
     with torch.device("meta"):
         expected = Transformer(config).state_dict()
     for name in expected.keys() | weights.keys():
         wanted, found = expected.get(name), weights.get(name)
-        if wanted is None or not torch.is_tensor(found) or found.shape != wanted.shape or found.dtype != wanted.dtype:
-            raise BadInput(f"{path}: a damaged snapshot: {name} is missing, unknown or of another shape than its sizes say")
+        if (
+            wanted is None
+            or not torch.is_tensor(found)
+            or found.shape != wanted.shape
+            or found.dtype != wanted.dtype
+        ):
+            raise BadInput(
+                f"{path}: a damaged snapshot: {name} does not fit the sizes that it tells"
+            )
     if 4 * sum(tensor.numel() for tensor in expected.values()) > n_bytes:
         raise BadInput(f"{path}: a damaged snapshot: its weights are larger than the file")
     model = Transformer(config, **options)
@@ -294,14 +346,18 @@ def load_snapshot(path, **options):
 
 
 def save_tensors(content, path):
-    """Tensors and plain values to a file. Through memory, because torch.save hides a full disk behind an error of its own."""
+    """Tensors and plain values to a file. Through memory, because torch.save hides a full disk
+    behind an error of its own.
+    """
     buffer = io.BytesIO()
     torch.save(content, buffer)
     path.write_bytes(buffer.getbuffer())
 
 
 def load_tensors(path):
-    """What torch.save wrote to `path`: tensors and plain values only. Anything else in the file, code above all, is BadInput."""
+    """What torch.save wrote to `path`: tensors and plain values only. Anything else in the file,
+    code above all, is BadInput.
+    """
     if not zipfile.is_zipfile(path):
         raise BadInput(f"{path}: damaged, cut short, or not written by train.py")
     try:
@@ -311,14 +367,18 @@ def load_tensors(path):
         content = torch.load(path, map_location="cpu", weights_only=True) if stored else None
     except Exception as error:  # a stranger's file can fail in any way
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise BadInput(f"{path}: damaged, or not made of tensors alone; not opened ({reason})") from None
+        raise BadInput(
+            f"{path}: damaged, or not made of tensors alone; not opened ({reason})"
+        ) from None
     if not isinstance(content, dict):
         raise BadInput(f"{path}: holds a {type(content).__name__}, not what train.py writes")
     return content
 
 
 def _per_head(x, W):
-    """x [batch, pos, d_model] @ W [head, d_model, d_head] -> [batch, head, pos, d_head], as one matrix product."""
+    """x [batch, pos, d_model] @ W [head, d_model, d_head] -> [batch, head, pos, d_head], as one
+    matrix product.
+    """
     n_heads, d_model, d_head = W.shape
     flat = W.transpose(0, 1).reshape(d_model, n_heads * d_head).to(x.dtype)
     return (x @ flat).view(*x.shape[:2], n_heads, d_head).transpose(1, 2)
@@ -329,7 +389,9 @@ def _untouched(name, value):
 
 
 def _touching(hook, layer):
-    """The model calls `touch(name, value)`; the user's hook is `hook(name, layer, value)` and may return nothing."""
+    """The model calls `touch(name, value)`; the user's hook is `hook(name, layer, value)` and may
+    return nothing.
+    """
     if hook is None:
         return _untouched
 

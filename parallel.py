@@ -1,8 +1,8 @@
 """Rows spread over the cores of a CPU (threads) and over processes (torchrun).
 
-A training step of a small model is two hundred small operations. Splitting each of them over the cores, as PyTorch does
-by itself, costs a barrier an operation; giving every core its own rows and one thread costs one barrier a step. On two
-cores that is a quarter more tokens a second.
+A training step of a small model is two hundred small operations. Splitting each of them over the
+cores, as PyTorch does by itself, costs a barrier an operation; giving every core its own rows and
+one thread costs one barrier a step. On two cores that is a quarter more tokens a second.
 """
 
 import os
@@ -11,13 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 import torch.distributed as dist
 
-
 # as PyTorch found it: the machine's cores, or OMP_NUM_THREADS, which torchrun sets to 1
 AVAILABLE_CORES = torch.get_num_threads()
 
 
 class Cores:
-    """`cores(function, *tensors)` calls function on one part of the rows for each core; results in the rows' order."""
+    """`cores(function, *tensors)` calls function on one part of the rows for each core; results in
+    the rows' order.
+    """
 
     def __init__(self, device, count=AVAILABLE_CORES):
         self.count = count if device.type == "cpu" else 1
@@ -48,7 +49,7 @@ class Ranks:
             dist.all_reduce(tensor)
 
     def share(self, rows):
-        """This process's part of the rows; `gather` puts results back together in the rows' order."""
+        """This process's part of the rows; `gather` puts what all made of theirs back in order."""
         return rows.tensor_split(self.world)[self.rank]
 
     def gather(self, tensor):
@@ -64,7 +65,9 @@ class Ranks:
             dist.barrier()
 
     def first_then_all(self, function):
-        """Calls function in the first process and, when that is done, in the others: for what prepares files."""
+        """Calls function in the first process and, when that is done, in the others: for what
+        prepares files.
+        """
         result = function() if self.is_first else None
         self.wait()
         return result if self.is_first else function()

@@ -1,4 +1,5 @@
-"""The folder of a run: what is in it, the order it is written in, and how an interrupted run is taken up again.
+"""The folder of a run: what is in it, the order it is written in, and how an interrupted run is
+taken up again.
 
     run.json          what made it: sizes, recipe, seed, corpus; machine, versions, commit
     train.jsonl       one line a step: step, tokens, loss (nats), gradient norm
@@ -7,8 +8,9 @@
     state.pt          weights and optimizer, only for resuming
     summary.json      what the run shows
 
-state.pt comes last of what a snapshot writes. Whenever the process dies, everything up to the step in state.pt is on disk,
-and what is later is cut off on resuming: the same batches then give the same losses to the last bit.
+state.pt comes last of what a snapshot writes. Whenever the process dies, everything up to the step
+in state.pt is on disk, and what is later is cut off on resuming: the same batches then give the
+same losses to the last bit.
 """
 
 import json
@@ -22,10 +24,11 @@ from safety import BadInput, write_whole
 
 
 class RunFolder:
-    """Opens `folder` for a new run, or, with resume, the run in it that was made by the same `identity`.
+    """Opens `folder` for a new run, or, with resume, the run in it that was made by the same
+    `identity`.
 
-    identity: {"config", "recipe", "seed", "corpus"}, all that decides the losses. about: what else run.json should tell.
-    Only the first of several processes writes.
+    identity: {"config", "recipe", "seed", "corpus"}, all that decides the losses. about: what else
+    run.json should tell. Only the first of several processes writes.
     """
 
     def __init__(self, folder, identity, about, resume=False, writes=True):
@@ -46,15 +49,20 @@ class RunFolder:
         return self.folder / "snapshots"
 
     def _find_state(self):
-        """state.pt of the run in the folder, the run's later traces cut off; None if it had no snapshot yet."""
+        """state.pt of the run in the folder, the run's later traces cut off; None if it had no
+        snapshot yet.
+        """
         if not (self.folder / "run.json").exists():
-            raise BadInput(f"{self.folder} holds no run to go on with; leave out --resume to begin one")
+            raise BadInput(
+                f"{self.folder} holds no run to go on with; leave out --resume to begin one"
+            )
         before = read_json(self.folder / "run.json")
         for name, now in self.identity.items():
             if before.get(name) != now:
                 raise BadInput(
-                    f"{self.folder} was begun with another {name} ({_difference(before.get(name), now)}); repeat the"
-                    " flags that began it, or begin a new run with --out DIR"
+                    f"{self.folder} was begun with another {name}"
+                    f" ({_difference(before.get(name), now)}); repeat the flags that began it, or"
+                    " begin a new run with --out DIR"
                 )
         if not (self.folder / "state.pt").exists():
             return None
@@ -62,7 +70,9 @@ class RunFolder:
         records = read_records(self.folder / "measurements.npz")
         self.records = [record for record in records if record["step"] <= state["step"]]
         if self.writes:
-            lines = (self.folder / "train.jsonl").read_text().splitlines(keepends=True)[: state["step"]]
+            lines = (
+                (self.folder / "train.jsonl").read_text().splitlines(keepends=True)[: state["step"]]
+            )
             write_whole(self.folder / "train.jsonl", lambda path: path.write_text("".join(lines)))
         return state
 
@@ -77,7 +87,9 @@ class RunFolder:
             return self.state["step"]
         except (RuntimeError, KeyError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise BadInput(f"{self.folder / 'state.pt'}: does not fit this model ({reason})") from None
+            raise BadInput(
+                f"{self.folder / 'state.pt'}: does not fit this model ({reason})"
+            ) from None
         finally:
             self.state = None
 
@@ -118,7 +130,11 @@ class RunFolder:
 def _difference(before, now):
     if not (isinstance(before, dict) and isinstance(now, dict)):
         return f"{before} then, {now} now"
-    return ", ".join(f"{key} {before.get(key)} then, {now[key]} now" for key in now if before.get(key) != now[key])
+    return ", ".join(
+        f"{key} {before.get(key)} then, {now[key]} now"
+        for key in now
+        if before.get(key) != now[key]
+    )
 
 
 def write_json(path, content):
@@ -152,6 +168,8 @@ def read_records(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
-        return [{name: array[n] for name, array in arrays.items()} for n in range(len(arrays["step"]))]
+        return [
+            {name: array[n] for name, array in arrays.items()} for n in range(len(arrays["step"]))
+        ]
     except (ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
         raise BadInput(f"{path}: damaged, or not the records of a run ({error})") from None

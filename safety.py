@@ -1,4 +1,6 @@
-"""Two promises that every script keeps: bad input is told in one line, and a file is written whole or not at all."""
+"""Two promises that every script keeps: bad input is told in one line, and a file is written whole
+or not at all.
+"""
 
 import argparse
 import functools
@@ -8,22 +10,28 @@ from pathlib import Path
 
 
 class BadInput(Exception):
-    """A flag, file or setting that cannot be used. The message says what is wrong and what to do about it."""
+    """A flag, file or setting that cannot be used. The message says what is wrong and what to do
+    about it.
+    """
 
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse, with the module docstring as the help text and errors in one line."""
 
     def __init__(self, docstring):
-        super().__init__(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(
+            description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
 
     def error(self, message):
         raise BadInput(f"{message} (--help lists the flags)")
 
 
 def one_line_errors(main):
-    """Decorates a script's `main(argv) -> exit code`. `BadInput` and failures of the file system (missing, not writable, full)
-    print one line and return 2; anything else is a bug and keeps its traceback."""
+    """Decorates a script's `main(argv) -> exit code`. `BadInput` and failures of the file system
+    (missing, not writable, full) print one line and return 2; anything else is a bug and keeps
+    its traceback.
+    """
     script = Path(main.__code__.co_filename).name
 
     @functools.wraps(main)
@@ -38,7 +46,9 @@ def one_line_errors(main):
 
 
 def write_whole(path, write):
-    """Calls `write(temporary path)` and moves the result to `path`: a reader, or a crash, sees the old file or the new one."""
+    """Calls `write(temporary path)` and moves the result to `path`: a reader, or a crash, sees the
+    old file or the new one.
+    """
     path = Path(path)
     temporary = path.with_name(path.name + ".partial")
     try:

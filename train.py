@@ -2,24 +2,20 @@
 
     python train.py --layers 2 --attn-only            two layers: induction heads form
     python train.py --layers 1 --attn-only            one layer: none do
-    python train.py --layers 1 --attn-only --smear    one layer with smeared keys: they form after all
+    python train.py --layers 1 --attn-only --smear    one layer, smeared keys: they do after all
     torchrun --nproc-per-node 8 train.py --scale paper --layers 2 --attn-only --data fineweb
 
-The run's folder (records.py tells what is in it) is runs/ and a name made of the flags. Control-C stops after
-the current step; the same command with --resume goes on, as it does after any other end, to the same losses
-to the last bit.
+The run's folder (records.py tells what is in it) is runs/ and a name made of the flags. Control-C
+stops after the current step; the same command with --resume goes on, as it does after any other
+end, to the same losses to the last bit.
 """
 
 import contextlib
 import dataclasses
 import functools
 import math
-import platform
-import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -29,13 +25,14 @@ from corpora import open_corpus
 from data import training_batch
 from model import SCALES, SERIES, Transformer, config_for, count_parameters, load_snapshot
 from parallel import Cores, Ranks
+from progress import Clock, Progress, describe_machine, header
 from records import RunFolder
 from safety import ArgumentParser, BadInput, one_line_errors
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How the models of one scale are trained: AdamW, linear warm-up, then a constant learning rate."""
+    """How the models of one scale are trained: AdamW, linear warm-up, constant learning rate."""
 
     n_rows: int  # rows of n_ctx tokens a step, over all processes
     n_tokens: int  # of the whole run
@@ -45,33 +42,38 @@ class Recipe:
     betas: tuple[float, float]
     n_snapshots: int
     n_examples: int  # that every snapshot is measured on
-    n_final_examples: int  # for the last snapshot, and those at which the phase change starts and ends
+    n_final_examples: (
+        int  # of the last snapshot, and of those where the phase change starts and ends
+    )
     weight_decay_later: tuple[int, float] | None = None  # (step, weight decay from there on)
 
 
 RECIPES = {
     "mini": Recipe(
-        n_rows=4, n_tokens=8_000_000, learning_rate=1.5e-3, warmup_tokens=100_000, weight_decay=0.01,
-        betas=(0.9, 0.98), n_snapshots=100, n_examples=64, n_final_examples=1024,
+        n_rows=4, n_tokens=8_000_000, learning_rate=1.5e-3, warmup_tokens=100_000,
+        weight_decay=0.01, betas=(0.9, 0.98), n_snapshots=100, n_examples=64, n_final_examples=1024,
     ),
     "small": Recipe(
-        n_rows=128, n_tokens=500_000_000, learning_rate=1e-3, warmup_tokens=20_000_000, weight_decay=0.05,
-        betas=(0.9, 0.98), n_snapshots=120, n_examples=10_000, n_final_examples=10_000,
+        n_rows=128, n_tokens=500_000_000, learning_rate=1e-3, warmup_tokens=20_000_000,
+        weight_decay=0.05, betas=(0.9, 0.98), n_snapshots=120,
+        n_examples=10_000, n_final_examples=10_000,
     ),
-    # steps, warm-up, snapshots and the step of the lower weight decay are the paper's; it names no other number
+    # steps, warm-up, snapshots and the step of the lower weight decay are the paper's; it names no
+    # other number
     "paper": Recipe(
-        n_rows=128, n_tokens=10_000 * 2**20, learning_rate=1e-3, warmup_tokens=1_500_000_000, weight_decay=0.1,
-        betas=(0.9, 0.98), n_snapshots=200, n_examples=10_000, n_final_examples=10_000,
-        weight_decay_later=(4750, 0.01),
+        n_rows=128, n_tokens=10_000 * 2**20, learning_rate=1e-3, warmup_tokens=1_500_000_000,
+        weight_decay=0.1, betas=(0.9, 0.98), n_snapshots=200,
+        n_examples=10_000, n_final_examples=10_000, weight_decay_later=(4750, 0.01),
     ),
 }  # fmt: skip
 GRADIENT_CLIP = 1.0  # largest norm of the gradient
-PROGRESS_SECONDS = 15
 
 
 def snapshot_steps(n_steps, n_snapshots):
-    """The steps at which snapshots are taken, about n_snapshots of them: the start, an eighth log-spaced over the
-    first 2 % of training, and the others evenly over the rest, where the phase change will come somewhere."""
+    """The steps at which snapshots are taken, about n_snapshots of them: the start, an eighth
+    log-spaced over the first 2 % of training, and the others evenly over the rest, where the
+    phase change will come somewhere.
+    """
     n_early = n_snapshots // 8
     n_even = n_snapshots - n_early - 2
     early_end = n_steps / 50
@@ -107,7 +109,9 @@ def parse_args(argv):
     args.device = evaluate.pick_device(args.device)
     if args.model:
         if args.scale or args.layers or args.attn_only or args.smear or args.d_model or args.heads:
-            raise BadInput("--model names a whole model of the paper: leave out the other flags for its sizes")
+            raise BadInput(
+                "--model names a whole model of the paper: leave out the other flags for its sizes"
+            )
         args.scale = "paper"
     args.layers = 2 if args.layers is None else args.layers
     args.scale = args.scale or ("small" if args.device.type == "cuda" else "mini")
@@ -124,7 +128,9 @@ def model_config(args, d_vocab):
     if heads < 1 or d_model % heads:
         raise BadInput(f"--d-model {d_model} cannot be divided among {heads} heads")
     d_mlp = 0 if args.attn_only else 4 * d_model
-    return dataclasses.replace(config, d_model=d_model, n_heads=heads, d_head=d_model // heads, d_mlp=d_mlp)
+    return dataclasses.replace(
+        config, d_model=d_model, n_heads=heads, d_head=d_model // heads, d_mlp=d_mlp
+    )
 
 
 def training_recipe(args, n_ctx, world):
@@ -135,7 +141,9 @@ def training_recipe(args, n_ctx, world):
     if args.lr is not None:
         recipe = dataclasses.replace(recipe, learning_rate=args.lr)
     if recipe.n_tokens < recipe.n_rows * n_ctx:
-        raise BadInput(f"--tokens {recipe.n_tokens}: one step alone is {recipe.n_rows * n_ctx:,} tokens")
+        raise BadInput(
+            f"--tokens {recipe.n_tokens}: one step alone is {recipe.n_rows * n_ctx:,} tokens"
+        )
     if recipe.learning_rate <= 0:
         raise BadInput(f"--lr {recipe.learning_rate}: must be positive")
     if recipe.n_rows % world:
@@ -154,7 +162,9 @@ def default_name(args):
 
 
 def loss_and_gradient(model, parameters, inputs, targets, n_tokens, cores, ranks):
-    """Mean loss over the n_tokens of a step, then its gradient: one vector, summed over cores and processes."""
+    """Mean loss over the n_tokens of a step, then its gradient: one vector, summed over cores and
+    processes.
+    """
 
     def of_rows(inputs, targets):
         loss = model.losses(inputs, targets).sum() / n_tokens
@@ -173,14 +183,20 @@ def make_optimizer(parameters, recipe):
         {"params": matrices, "weight_decay": recipe.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, eps=1e-8, fused=True)
+    return torch.optim.AdamW(
+        groups, lr=recipe.learning_rate, betas=recipe.betas, eps=1e-8, fused=True
+    )
 
 
 def update(optimizer, parameters, gradient, recipe, step, tokens):
-    """One step of the optimizer along the gradient of all parameters in a row; returns its norm before clipping."""
+    """One step of the optimizer along the gradient of all parameters in a row; returns its norm
+    before clipping.
+    """
     norm = gradient.norm()
     gradient *= (GRADIENT_CLIP / norm).clamp(max=1)
-    for parameter, part in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
+    for parameter, part in zip(
+        parameters, gradient.split([p.numel() for p in parameters]), strict=True
+    ):
         parameter.grad = part.view_as(parameter)
     for group in optimizer.param_groups:
         group["lr"] = recipe.learning_rate * min(1, tokens / recipe.warmup_tokens)
@@ -225,7 +241,10 @@ def train(args, ranks):
         "seed": args.seed,
         "corpus": {"data": args.data, "name": corpus.name, "sha256": corpus.sha256},
     }
-    about = {"scale": args.scale, "machine": describe_machine(args, cores, ranks, dtype)}
+    about = {
+        "scale": args.scale,
+        "machine": describe_machine(args.device, cores, ranks.world, dtype, args.kernels),
+    }
     folder = args.out or Path("runs") / default_name(args)
     run = RunFolder(folder, identity, about, args.resume, ranks.is_first)
     first_step = run.restore(model, optimizer, clock)
@@ -250,7 +269,9 @@ def train(args, ranks):
                     corpus, config.n_ctx, recipe.n_rows, args.seed, step, ranks.rank, ranks.world
                 )
                 inputs, targets = (part.to(args.device) for part in batch)
-                total = loss_and_gradient(model, parameters, inputs, targets, tokens_per_step, cores, ranks)
+                total = loss_and_gradient(
+                    model, parameters, inputs, targets, tokens_per_step, cores, ranks
+                )
                 loss = total[0].item()
                 stop_if_not_finite(loss, run, step)
                 tokens += tokens_per_step
@@ -282,7 +303,6 @@ def train(args, ranks):
         "training_seconds": round(seconds["training"], 1),
         "evaluation_seconds": round(seconds["evaluation"], 1),
         "tokens_per_second": round(tokens / seconds["training"]),
-        "examples": recipe.n_final_examples,
         **shown,
     }
     run.write_summary(summary)
@@ -293,12 +313,16 @@ def train(args, ranks):
 def stop_if_not_finite(loss, run, step):
     if not math.isfinite(loss):
         good = run.snapshot_path(run.records[-1]["step"]) if run.records else "none"
-        raise BadInput(f"the loss is {loss} at step {step:,}; last good snapshot: {good}; a lower --lr may help")
+        raise BadInput(
+            f"the loss is {loss} at step {step:,}; try a lower --lr; last good snapshot: {good}"
+        )
 
 
 @contextlib.contextmanager
 def noted_interrupts():
-    """A list that control-C appends to instead of raising, so that a step is never left half done. Twice still raises."""
+    """A list that control-C appends to instead of raising, so that a step is never left half done.
+    Twice still raises.
+    """
     interrupts = []
 
     def note(signal_number, frame):
@@ -311,97 +335,6 @@ def noted_interrupts():
         yield interrupts
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-class Clock:
-    """Seconds spent on each activity and in all."""
-
-    def __init__(self):
-        self.started, self.spent = time.time(), {}
-
-    @contextlib.contextmanager
-    def __call__(self, activity):
-        tick = time.time()
-        yield
-        self.spent[activity] = self.spent.get(activity, 0.0) + time.time() - tick
-
-    def read(self):
-        return {"total": time.time() - self.started, **self.spent}
-
-    def go_on_from(self, seconds):
-        """Counts what an interrupted run has spent as spent."""
-        self.spent = dict(seconds)
-        self.started = time.time() - self.spent.pop("total")
-
-
-class Progress:
-    """A line every fifteen seconds, and one when the phase change has come."""
-
-    def __init__(self, say, records, first_step, n_steps):
-        self.say, self.records, self.n_steps = say, records, n_steps
-        self.started, self.first_step = time.time(), first_step
-        self.shown_at, self.shown_step = self.started, first_step
-        self.losses = []
-        self.announced = False
-
-    def after_step(self, step, tokens, loss):
-        self.losses.append(loss)
-        now = time.time()
-        if now - self.shown_at < PROGRESS_SECONDS and step < self.n_steps:
-            return
-        left = (now - self.started) / (step - self.first_step) * (self.n_steps - step)
-        speed = tokens / step * (step - self.shown_step) / (now - self.shown_at)
-        self.say(
-            f"step {step:>{len(str(self.n_steps))}}  {tokens / 1e6:.2f}M tokens  loss {sum(self.losses) / len(self.losses):.3f}"
-            f"  {evaluate.one_line(self.records[-1])}  {speed / 1000:,.1f}k tokens/s  {left // 60:.0f}:{left % 60:02.0f} left"
-        )
-        self.shown_at, self.shown_step, self.losses = now, step, []
-
-    def after_snapshot(self):
-        change = evaluate.find_phase_change(self.records)
-        # two snapshots later the smoothed score no longer changes
-        if change and not self.announced and change[1] < len(self.records) - 3:
-            start, end = (self.records[n] for n in change)
-            self.announced = True
-            self.say(
-                f"phase change: from {start['tokens'] / 1e6:.2f}M to {end['tokens'] / 1e6:.2f}M tokens;"
-                f" {evaluate.one_line(start)} -> {evaluate.one_line(end)}"
-            )
-
-
-def header(args, model, corpus, recipe, n_steps, n_snapshots, machine):
-    config = model.config
-    kind = "attention-only" if config.d_mlp == 0 else f"MLP of {config.d_mlp}"
-    lines = [
-        f"{config.n_layers} layers, {kind}{', smeared keys' if config.smear else ''}; d_model {config.d_model},"
-        f" {config.n_heads} heads of {config.d_head}, context {config.n_ctx};"
-        f" {count_parameters(model)[0]:,} parameters; scale {args.scale}",
-        f"{machine['device']}, {machine['dtype']}, kernels {machine['kernels']}, torch {machine['torch']}, commit {machine['commit']}",
-        f"corpus {corpus.name}: {sum(map(len, corpus.train)):,} tokens to train on, vocabulary of {corpus.d_vocab:,},"
-        f" sha256 {corpus.sha256[:12]}; seed {args.seed}",
-        f"{n_steps:,} steps of {recipe.n_rows} x {config.n_ctx} tokens; {n_snapshots} snapshots, each measured on"
-        f" {recipe.n_examples:,} held-out examples of {evaluate.N_CTX} tokens",
-    ]
-    return "\n".join(lines)
-
-
-def describe_machine(args, cores, ranks, dtype):
-    commit = None
-    if shutil.which("git"):
-        describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
-        commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None
-    device = f"cpu, {cores.count} cores"
-    if args.device.type == "cuda":
-        device = torch.cuda.get_device_name()
-    return {
-        "device": device if ranks.world == 1 else f"{ranks.world} processes of {device}",
-        "dtype": str(dtype).removeprefix("torch."),
-        "kernels": args.kernels,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit,
-        "command": " ".join(["python", *sys.argv]),
-    }
 
 
 if __name__ == "__main__":

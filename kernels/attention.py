@@ -1,32 +1,39 @@
-"""Causal attention, with keys that may be smeared and heads that may be local: the definition, and the CPU's fast path.
+"""Causal attention, with keys that may be smeared and heads that may be local: the definition, and
+the CPU's fast path.
 
-    key'_j     = sigmoid(alpha) key_j + (1 - sigmoid(alpha)) key_{j-1}      smeared keys; the first key stays as it is
+    key'_j     = sigmoid(alpha) key_j + (1 - sigmoid(alpha)) key_{j-1}    smeared; not the first
     score_ij   = query_i . key'_j / sqrt(d_head)   where 0 <= i - j < window, elsewhere -inf
     pattern_ij = softmax over j of score_ij
     z_i        = sum_j pattern_ij value_j
 
-Shapes: q, k, v, z [batch, head, pos, d_head]; alpha [head]; pattern [batch, head, query, key]; windows one number a head.
+Shapes: q, k, v, z [batch, head, pos, d_head]; alpha [head]; pattern [batch, head, query, key];
+windows one number a head.
 
-The plain way (`attention_reference`) writes and reads the T x T pattern half a dozen times and multiplies its empty upper
-half too. The CPU path (`_TiledAttention`) goes down the rows in tiles of 128 queries and multiplies only the keys that a
-tile can see: at T = 512 that is 62 % of the square, in matrix products large enough to run at the speed of the machine.
-It keeps the pattern for the backward pass, which then needs no second softmax; that is the bargain that
-`F.scaled_dot_product_attention` does not offer, and right as long as the pattern fits (`KEEP_PATTERN_BYTES`).
+The plain way (`attention_reference`) writes and reads the T x T pattern half a dozen times and
+multiplies its empty upper half too. The CPU path (`_TiledAttention`) goes down the rows in tiles of
+128 queries and multiplies only the keys that a tile can see: at T = 512 that is 62 % of the square,
+in matrix products large enough to run at the speed of the machine. It keeps the pattern for the
+backward pass, which then needs no second softmax; that is the bargain that
+`F.scaled_dot_product_attention` does not offer, and right as long as the pattern fits
+(`KEEP_PATTERN_BYTES`).
 """
 
 import torch
 import torch.nn.functional as F
 
 TILE = 128
-# beyond this the pattern of one call is not worth keeping: recomputing it (SDPA) is slower but takes O(T) memory
+# beyond this the pattern of one call is not worth keeping: recomputing it (SDPA) is slower but
+# takes O(T) memory
 KEEP_PATTERN_BYTES = 512 * 2**20
 
 
 def attention(q, k, v, alpha=None, windows=None, kernels="torch"):
-    """Attention output z [batch, head, pos, d_head], differentiable in q, k, v and alpha (module docstring: definition).
+    """Attention output z [batch, head, pos, d_head], differentiable in q, k, v and alpha (module
+    docstring: definition).
 
-    alpha [head] smears the keys (None: not). windows: for each head the number of positions that a query sees,
-    itself included (None: all). kernels: "reference" or "torch"; both mean the same up to rounding.
+    alpha [head] smears the keys (None: not). windows: for each head the number of positions that a
+    query sees, itself included (None: all). kernels: "reference" or "torch"; both mean the same up
+    to rounding.
     """
     if kernels == "reference":
         return attention_reference(q, k, v, alpha, windows)
@@ -38,7 +45,9 @@ def attention(q, k, v, alpha=None, windows=None, kernels="torch"):
         return _TiledAttention.apply(q, k, v, windows)
     if windows is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible(n_ctx, n_ctx, windows, q.device))
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=visible(n_ctx, n_ctx, windows, q.device)
+    )
 
 
 def attention_reference(q, k, v, alpha=None, windows=None):
@@ -47,7 +56,9 @@ def attention_reference(q, k, v, alpha=None, windows=None):
 
 
 def attention_pattern(q, k, alpha=None, windows=None):
-    """The attention pattern [batch, head, query, key]: rows sum to 1, keys after the query get exactly 0."""
+    """The attention pattern [batch, head, query, key]: rows sum to 1, keys after the query get
+    exactly 0.
+    """
     if alpha is not None:
         k = smear_keys(k, alpha)
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
@@ -56,20 +67,29 @@ def attention_pattern(q, k, alpha=None, windows=None):
 
 
 def smear_keys(k, alpha):
-    """k_j <- sigmoid(alpha) k_j + (1 - sigmoid(alpha)) k_{j-1}, head by head; the first key is unchanged.
+    """k_j <- sigmoid(alpha) k_j + (1 - sigmoid(alpha)) k_{j-1}, head by head; the first key is
+    unchanged.
 
-    This is the paper's architectural perturbation (Argument 2): induction without a previous-token head.
+    This is the paper's architectural perturbation (Argument 2): induction without a previous-token
+    head.
     """
     share = torch.sigmoid(alpha).to(k.dtype)[:, None, None]  # [head, 1, 1]
     return torch.cat([k[:, :, :1], torch.lerp(k[:, :, :-1], k[:, :, 1:], share)], dim=2)
 
 
 def visible(n_queries, n_keys, windows=None, device=None):
-    """Which keys a query may see: bool [query, key], or [head, query, key] with a window for each head.
+    """Which keys a query may see: bool [query, key], or [head, query, key] with a window for each
+    head.
 
-    The last query stands at the last key, so that a tile of rows is `visible(rows, keys up to its last row)`.
+    The last query stands at the last key, so that a tile of rows is `visible(rows, keys up to its
+    last row)`.
     """
-    distance = torch.arange(n_queries, device=device)[:, None] - torch.arange(n_keys, device=device) + n_keys - n_queries
+    distance = (
+        torch.arange(n_queries, device=device)[:, None]
+        - torch.arange(n_keys, device=device)
+        + n_keys
+        - n_queries
+    )
     if windows is None:
         return distance >= 0
     return (distance >= 0) & (distance < torch.tensor(windows, device=device)[:, None, None])
@@ -115,7 +135,9 @@ def _tiles(n_ctx):
 
 
 def _mask(scores, start, stop, windows):
-    """Writes -inf over what the rows start..stop may not see. scores [batch * head, row, key up to stop]."""
+    """Writes -inf over what the rows start..stop may not see. scores [batch * head, row, key up to
+    stop].
+    """
     if windows is None:  # only the diagonal tile has hidden keys
         scores[:, :, start:].masked_fill_(~visible(stop - start, stop - start), float("-inf"))
     else:

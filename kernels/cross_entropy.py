@@ -5,22 +5,26 @@
 
 Shapes: resid [row, d_model], W_U [d_model, d_vocab], targets [row] -> losses [row], float32.
 
-The plain way (`linear_cross_entropy_reference`) keeps logits, their log-softmax and its gradient: three arrays of
-row x d_vocab. Here they exist for one chunk of rows at a time, and the chunk's one array is turned in place from logits into
-exponentials (forward) and into gradients (backward). Small problems keep the exponentials, large ones compute them again.
+The plain way (`linear_cross_entropy_reference`) keeps logits, their log-softmax and its gradient:
+three arrays of row x d_vocab. Here they exist for one chunk of rows at a time, and the chunk's one
+array is turned in place from logits into exponentials (forward) and into gradients (backward).
+Small problems keep the exponentials, large ones compute them again.
 """
 
 import torch
 import torch.nn.functional as F
 
-# logits in memory at once: large enough for full-speed matrix products, small enough to stay in a CPU's cache
+# logits in memory at once: large enough for full-speed matrix products, small enough to stay in a
+# CPU's cache
 CHUNK_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
 # exponentials kept for the backward pass instead of recomputed
 KEEP_BYTES = {"cpu": 256 * 2**20, "cuda": 0}
 
 
 def linear_cross_entropy(resid, W_U, targets, kernels="torch"):
-    """Cross-entropy of every row in nats, [row], float32; differentiable in resid and W_U (module docstring)."""
+    """Cross-entropy of every row in nats, [row], float32; differentiable in resid and W_U (module
+    docstring).
+    """
     if kernels == "reference":
         return linear_cross_entropy_reference(resid, W_U, targets)
     return _LinearCrossEntropy.apply(resid, W_U, targets)
@@ -35,7 +39,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, resid, W_U, targets):
         chunk = max(1, CHUNK_BYTES[resid.device.type] // (4 * W_U.shape[1]))
-        keep = any(ctx.needs_input_grad) and 4 * resid.shape[0] * W_U.shape[1] <= KEEP_BYTES[resid.device.type]
+        keep = (
+            any(ctx.needs_input_grad)
+            and 4 * resid.shape[0] * W_U.shape[1] <= KEEP_BYTES[resid.device.type]
+        )
         losses, kept = [], []
         for rows, target in zip(resid.split(chunk), targets.split(chunk), strict=True):
             loss, *exponentials = _chunk_forward(rows, W_U, target)
@@ -52,10 +59,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dresid, dW_U = torch.empty_like(resid), torch.zeros_like(W_U)
         for n, start in enumerate(range(0, len(resid), ctx.chunk)):
             stop = start + ctx.chunk
-            rows, target, weight = resid[start:stop], targets[start:stop, None], grad[start:stop, None]
-            exponentials, total = kept[2 * n : 2 * n + 2] or _chunk_forward(rows, W_U, target[:, 0])[1:]
-            # dloss/dlogits = softmax - one-hot, times the weight that this row's loss has further on
-            dlogits = exponentials.mul_(weight / total).scatter_add_(1, target, -weight).to(resid.dtype)
+            rows, target, weight = (
+                resid[start:stop],
+                targets[start:stop, None],
+                grad[start:stop, None],
+            )
+            exponentials, total = (
+                kept[2 * n : 2 * n + 2] or _chunk_forward(rows, W_U, target[:, 0])[1:]
+            )
+            # dloss/dlogits = softmax - one-hot, times the weight that this row's loss has further
+            # on
+            dlogits = (
+                exponentials.mul_(weight / total).scatter_add_(1, target, -weight).to(resid.dtype)
+            )
             dresid[start:stop] = dlogits @ W_U.T
             dW_U.addmm_(rows.T, dlogits)
         return dresid, dW_U, None

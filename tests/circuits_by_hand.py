@@ -1,7 +1,8 @@
 """Two transformers whose weights are set by hand: what an induction head is, without any training.
 
-The residual stream has a direction for each token ("this token is here") and another one for each token ("the token before
-this one was"). Positions live elsewhere: with a base this large only the first few sines and cosines turn at all.
+The residual stream has a direction for each token ("this token is here") and another one for each
+token ("the token before this one was"). Positions live elsewhere: with a base this large only the
+first few sines and cosines turn at all.
 """
 
 import torch
@@ -40,7 +41,9 @@ def empty_model(n_layers, smear=False):
 
 @torch.no_grad()
 def attend_to_the_previous_token(attn, head, positions):
-    """Rotates the query's sines and cosines one token back, so that they agree best with the previous token's."""
+    """Rotates the query's sines and cosines one token back, so that they agree best with the
+    previous token's.
+    """
     angle = torch.atan2(positions[1, SINES], positions[1, COSINES])  # radians a token
     sine, cosine = torch.arange(12), torch.arange(12, 24)
     W_Q, W_K = attn.W_Q[head], attn.W_K[head]
@@ -51,7 +54,9 @@ def attend_to_the_previous_token(attn, head, positions):
 
 @torch.no_grad()
 def move(attn, head, source, target):
-    """What stands in the `source` directions where the head attends is added to the `target` directions here."""
+    """What stands in the `source` directions where the head attends is added to the `target`
+    directions here.
+    """
     attn.W_V[head, source, :N_TOKENS] = torch.eye(N_TOKENS)
     attn.W_O[head, :N_TOKENS, target] = torch.eye(N_TOKENS)
 
@@ -64,8 +69,9 @@ def match(attn, head, query, key):
 
 
 def induction_circuit():
-    """Head 0:0 notes at every token which one came before it; head 1:1 looks for the present token in those notes, and copies
-    the token that it finds there. [A][B] ... [A] -> [B]"""
+    """Head 0:0 notes at every token which one came before it; head 1:1 looks for the present token
+    in those notes, and copies the token that it finds there. [A][B] ... [A] -> [B]
+    """
     model = empty_model(n_layers=2)
     attend_to_the_previous_token(model.blocks[0].attn, 0, model.positions)
     move(model.blocks[0].attn, 0, HERE, BEFORE)

@@ -1,4 +1,6 @@
-"""The fast path against the definition, the definition against hand-computed cases, and the tests against mutants."""
+"""The fast path against the definition, the definition against hand-computed cases, and the tests
+against mutants.
+"""
 
 import math
 
@@ -24,7 +26,9 @@ def output_and_gradients(function, tensors, *args):
 
 def assert_as_exact_as_the_reference(actual, reference, exact):
     """No further from float64 than twice the same-precision reference is, plus one rounding."""
-    for name, a, r, e in zip(("z", "dq", "dk", "dv", "dalpha"), actual, reference, exact, strict=False):
+    for name, a, r, e in zip(
+        ("z", "dq", "dk", "dv", "dalpha"), actual, reference, exact, strict=False
+    ):
         rounding = torch.finfo(a.dtype).eps * e.abs().max()
         budget = 2 * ((r.double() - e).abs().max() + rounding)
         assert (a.double() - e).abs().max() <= budget, name
@@ -57,8 +61,12 @@ def test_long_inputs_take_the_path_that_keeps_no_pattern(monkeypatch):
     monkeypatch.setattr(module, "KEEP_PATTERN_BYTES", 0)
     for windows in (None, (1, 5, 1000)):
         actual = output_and_gradients(lambda *t, w=windows: attention(*t, None, w), tensors)
-        reference = output_and_gradients(lambda *t, w=windows: attention_reference(*t, None, w), tensors)
-        exact = output_and_gradients(lambda *t, w=windows: attention_reference(*t, None, w), doubles)
+        reference = output_and_gradients(
+            lambda *t, w=windows: attention_reference(*t, None, w), tensors
+        )
+        exact = output_and_gradients(
+            lambda *t, w=windows: attention_reference(*t, None, w), doubles
+        )
         assert_as_exact_as_the_reference(actual, reference, exact)
 
 
@@ -116,9 +124,9 @@ def test_fully_own_keys_are_vanilla_and_fully_smeared_keys_are_shifted():
 
 def shifted_mask(n_queries, n_keys, windows=None, device=None):
     mask = visible(n_queries, n_keys, windows, device)
-    return mask & ~torch.eye(n_queries, n_keys, device=device).bool().roll(n_keys - n_queries, 1) | (
-        torch.arange(n_keys) == 0
-    )
+    return mask & ~torch.eye(n_queries, n_keys, device=device).bool().roll(
+        n_keys - n_queries, 1
+    ) | (torch.arange(n_keys) == 0)
 
 
 def wrong_window(n_queries, n_keys, windows=None, device=None):
@@ -144,7 +152,8 @@ def test_these_tests_notice_a_mutant(monkeypatch, name, mutant):
     tensors = [*inputs(130), torch.tensor([0.0, 1.0, -1.0], requires_grad=True)]
     windows = (2, 7, 60)
     exact = output_and_gradients(
-        lambda *t: attention_reference(*t, windows), [t.detach().double().requires_grad_() for t in tensors]
+        lambda *t: attention_reference(*t, windows),
+        [t.detach().double().requires_grad_() for t in tensors],
     )
     reference = output_and_gradients(lambda *t: attention_reference(*t, windows), tensors)
     monkeypatch.setattr(module, name, mutant)

@@ -10,12 +10,15 @@ from tests.circuits_by_hand import N_TOKENS, induction_circuit, smeared_inductio
 
 @pytest.fixture(scope="module")
 def examples():
-    """Random tokens as in evaluate.py, drawn from the circuit's 29 tokens; token 29 is the start token."""
+    """Random tokens as in evaluate.py, drawn from the circuit's 29 tokens; token 29 is the start
+    token.
+    """
     rng = np.random.default_rng(0)
     draws = np.stack([rng.choice(N_TOKENS - 1, 25, replace=False) for _ in range(10)])
     start = np.full((10, 1), N_TOKENS - 1)
     text = np.concatenate([start, rng.integers(N_TOKENS - 1, size=(10, 512))], axis=1)
-    tensors = text[:, :-1], text[:, 1:], np.arange(10), np.hstack([start, np.tile(draws, 4)]), draws
+    inputs, targets, repeated = text[:, :-1], text[:, 1:], np.hstack([start, np.tile(draws, 4)])
+    tensors = inputs, targets, np.arange(10), inputs, repeated, draws
     return evaluate.Examples(*map(torch.from_numpy, tensors))
 
 
@@ -52,7 +55,9 @@ def test_smeared_keys_make_an_induction_head_of_one_layer(examples):
     assert scores["prefix_matching"][0, 1] == pytest.approx(1, abs=1e-3)
     assert scores["own_key_share"][0].tolist() == pytest.approx([0.5, 0.0], abs=1e-6)
     with torch.no_grad():
-        model.blocks[0].attn.alpha.fill_(20.0)  # vanilla keys: the same head now finds the token itself
+        model.blocks[0].attn.alpha.fill_(
+            20.0
+        )  # vanilla keys: the same head now finds the token itself
     scores = evaluate.head_scores(model, examples)
     assert scores["prefix_matching"].max() < 0.05
     assert scores["match_itself"][0, 1] > 0.5

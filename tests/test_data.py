@@ -29,7 +29,9 @@ def test_a_shard_comes_back(tmp_path):
     tokens = np.arange(5000, dtype=np.uint16)
     (tmp_path / "a.bin").write_bytes(shard_header(5000) + tokens.tobytes())
     assert np.array_equal(read_shard(tmp_path / "a.bin"), tokens)
-    assert (tmp_path / "a.bin").read_bytes()[:12] == np.array([20240520, 1, 5000], np.int32).tobytes()
+    assert (tmp_path / "a.bin").read_bytes()[:12] == np.array(
+        [20240520, 1, 5000], np.int32
+    ).tobytes()
 
 
 def test_a_headerless_shard_comes_back(tmp_path):
@@ -106,7 +108,9 @@ def test_an_epoch_shows_every_row_once_and_the_next_in_another_order():
 
 
 def test_an_epoch_may_end_inside_a_batch():
-    corpus = counting_corpus(n_train=(100, 50))  # 15 rows: the second batch of 8 has the last 7 and the first of the next epoch
+    corpus = counting_corpus(
+        n_train=(100, 50)
+    )  # 15 rows: the second batch of 8 has the last 7 and the first of the next epoch
     shown = first_tokens(corpus, 0) + first_tokens(corpus, 1)
     assert sorted(shown[:15]) == list(range(0, 150, 10))
 

@@ -1,4 +1,6 @@
-"""Hand-computable cases, the anchors of the paper's evaluators, and a brute-force twin of every measure."""
+"""Hand-computable cases, the anchors of the paper's evaluators, and a brute-force twin of every
+measure.
+"""
 
 import math
 
@@ -79,7 +81,9 @@ def test_prefix_matching_keys_by_brute_force():
         for b in range(2):
             for q in range(30):
                 expected = {
-                    j + offset for j in range(1, q) if tokens[b, j] == tokens[b, q] and j + offset <= q
+                    j + offset
+                    for j in range(1, q)
+                    if tokens[b, j] == tokens[b, q] and j + offset <= q
                 }
                 assert set(keys[b, q].nonzero().flatten().tolist()) == expected
 
@@ -117,7 +121,13 @@ def test_prefix_matching_of_uniform_attention_is_chance():
 
 @pytest.mark.parametrize(
     "index",
-    [lambda q: q, lambda q: max(0, q - 1), lambda q: 0, lambda q: max(0, q - 25), lambda q: max(0, q - 26)],
+    [
+        lambda q: q,
+        lambda q: max(0, q - 1),
+        lambda q: 0,
+        lambda q: max(0, q - 25),
+        lambda q: max(0, q - 26),
+    ],
     ids=["self", "previous", "start", "duplicate", "before the match"],
 )
 def test_prefix_matching_is_zero_for_heads_that_look_elsewhere(index):
@@ -126,7 +136,10 @@ def test_prefix_matching_is_zero_for_heads_that_look_elsewhere(index):
 
 def test_the_control_offsets_find_the_duplicate_and_the_token_before_the_match():
     tokens = repeated_tokens(1)
-    duplicate, before = attending_to(lambda q: max(0, q - 25)), attending_to(lambda q: max(0, q - 26))
+    duplicate, before = (
+        attending_to(lambda q: max(0, q - 25)),
+        attending_to(lambda q: max(0, q - 26)),
+    )
     assert metrics.prefix_matching_score(duplicate, tokens, offset=0).item() == 1
     assert metrics.prefix_matching_score(before, tokens, offset=-1).item() == 1
 
@@ -158,7 +171,9 @@ def test_previous_token_score_of_ideal_heads():
 
 def test_copying_score_by_brute_force():
     pattern = random_pattern(2, 3, 7, 7)
-    effect = torch.randn(2, 3, 7, 7, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    effect = torch.randn(
+        2, 3, 7, 7, generator=torch.Generator().manual_seed(2), dtype=torch.float64
+    )
     score = metrics.copying_score(pattern, effect)
     for head in range(3):
         own = total = 0.0
@@ -178,12 +193,17 @@ def test_copying_score_by_brute_force():
         (1 - torch.eye(25), -1.0),  # raises only the others
         (-torch.eye(25), -1.0),  # raises nothing
         (torch.ones(25, 25), 4 * (1 / 26) - 1),  # raises all alike: -0.85
-        (torch.eye(25) + torch.ones(25, 25) / 12.0 * (1 - torch.eye(25)), 0.0),  # a third of the raise
+        (
+            torch.eye(25) + torch.ones(25, 25) / 12.0 * (1 - torch.eye(25)),
+            0.0,
+        ),  # a third of the raise
     ],
 )
 def test_copying_score_of_ideal_heads(effect, expected):
     pattern = random_pattern(1, 1, 25, 25).float()
-    assert metrics.copying_score(pattern, effect[None, None]).item() == pytest.approx(expected, abs=1e-6)
+    assert metrics.copying_score(pattern, effect[None, None]).item() == pytest.approx(
+        expected, abs=1e-6
+    )
 
 
 def test_attention_weighs_copying():

@@ -1,4 +1,6 @@
-"""The model's promises: causal, the same through every path, sized as the paper says; its snapshots' promises."""
+"""The model's promises: causal, the same through every path, sized as the paper says; its
+snapshots' promises.
+"""
 
 import dataclasses
 import os
@@ -121,7 +123,9 @@ def test_a_shift_of_positions_is_one_rotation():
     signal = sinusoid(config)
     half = config.d_model // 2
     sine, cosine = signal[:, :half], signal[:, half:]
-    assert torch.allclose(sine**2 + cosine**2, torch.full_like(sine, config.position_scale**2), atol=1e-4)
+    assert torch.allclose(
+        sine**2 + cosine**2, torch.full_like(sine, config.position_scale**2), atol=1e-4
+    )
     turn_sine, turn_cosine = sine[1] / config.position_scale, cosine[1] / config.position_scale
     assert torch.allclose(sine[1:], sine[:-1] * turn_cosine + cosine[:-1] * turn_sine, atol=1e-4)
 
@@ -137,11 +141,19 @@ def test_weights_have_the_names_and_shapes_of_transformer_lens():
     shapes = {name: tuple(w.shape) for name, w in Transformer(SMALL).state_dict().items()}
     block = {
         "ln1.w": (32,), "ln1.b": (32,), "ln2.w": (32,), "ln2.b": (32,),
-        "attn.W_Q": (2, 32, 8), "attn.W_K": (2, 32, 8), "attn.W_V": (2, 32, 8), "attn.W_O": (2, 8, 32),
+        "attn.W_Q": (2, 32, 8), "attn.W_K": (2, 32, 8), "attn.W_V": (2, 32, 8),
+        "attn.W_O": (2, 8, 32),
         "mlp.W_in": (32, 64), "mlp.b_in": (64,), "mlp.W_out": (64, 32), "mlp.b_out": (32,),
     }  # fmt: skip
-    outside = {"embed.W_E": (50, 32), "unembed.W_U": (32, 50), "ln_final.w": (32,), "ln_final.b": (32,)}
-    assert shapes == outside | {f"blocks.{n}.{name}": s for n in range(3) for name, s in block.items()}
+    outside = {
+        "embed.W_E": (50, 32),
+        "unembed.W_U": (32, 50),
+        "ln_final.w": (32,),
+        "ln_final.b": (32,),
+    }
+    assert shapes == outside | {
+        f"blocks.{n}.{name}": s for n in range(3) for name, s in block.items()
+    }
 
 
 # the paper's models
@@ -160,7 +172,12 @@ FULL_SCALE = {
 def test_full_scale_models_have_the_sizes_of_the_papers_table(name):
     n_layers, d_model, n_heads, d_head, non_embedding = FULL_SCALE[name]
     config = SERIES[name]
-    assert (config.n_layers, config.d_model, config.n_heads, config.d_head) == (n_layers, d_model, n_heads, d_head)
+    assert (config.n_layers, config.d_model, config.n_heads, config.d_head) == (
+        n_layers,
+        d_model,
+        n_heads,
+        d_head,
+    )
     assert (config.n_ctx, config.d_vocab) == (8192, 2**16)
     with torch.device("meta"):
         counted = count_parameters(Transformer(config))[1]
@@ -182,7 +199,10 @@ def test_the_smeared_series_differs_from_its_controls_by_one_number_a_head():
         smeared, control = SERIES[f"smear-{n_layers}"], SERIES[f"smear-control-{n_layers}"]
         assert control == SERIES[f"small-attn-only-{n_layers}"]
         with torch.device("meta"):
-            more = count_parameters(Transformer(smeared))[0] - count_parameters(Transformer(control))[0]
+            more = (
+                count_parameters(Transformer(smeared))[0]
+                - count_parameters(Transformer(control))[0]
+            )
         assert more == 12 * n_layers
     assert len(SERIES) == 12 + 4 + 6
 

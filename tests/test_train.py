@@ -1,4 +1,6 @@
-"""The training script from the outside: its files, its promises about interruption, and what it refuses."""
+"""The training script from the outside: its files, its promises about interruption, and what it
+refuses.
+"""
 
 import dataclasses
 import json
@@ -55,7 +57,9 @@ def start(workplace, arguments, *launcher, **options):
 
 
 def losses(folder):
-    return [json.loads(line)["loss"] for line in Path(folder, "train.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["loss"] for line in Path(folder, "train.jsonl").read_text().splitlines()
+    ]
 
 
 def wait_for(condition, process, seconds=120):
@@ -75,7 +79,9 @@ def one_line(capsys):
 # the schedule
 
 
-@pytest.mark.parametrize("n_steps, n_snapshots", [(3906, 100), (10_000, 200), (500, 100), (30, 10), (1, 100)])
+@pytest.mark.parametrize(
+    "n_steps, n_snapshots", [(3906, 100), (10_000, 200), (500, 100), (30, 10), (1, 100)]
+)
 def test_snapshots_start_at_zero_and_end_at_the_end(n_steps, n_snapshots):
     steps = snapshot_steps(n_steps, n_snapshots)
     assert steps[0] == 0 and steps[-1] == n_steps
@@ -117,8 +123,9 @@ def test_a_run_leaves_its_records(workplace, text_file, capsys):
 
     summary = json.loads((run / "summary.json").read_text())
     promised = {
-        "phase_change", "icl_before", "icl_after", "icl_score", "best_prefix_matching", "best_previous_token",
-        "loss", "tokens", "seconds", "tokens_per_second", "parameters", "corpus_sha256",
+        "phase_change", "icl_before", "icl_after", "icl_score", "loss", "parameters",
+        "best_prefix_matching", "best_previous_token", "tokens", "seconds", "tokens_per_second",
+        "corpus_sha256",
     }  # fmt: skip
     assert promised <= summary.keys()
     assert summary["phase_change"] is None
@@ -153,7 +160,9 @@ def test_gradient_is_the_same_on_one_core_and_on_three(corpus):
     model = Transformer(config_for("mini", 1, True, 1024)).init_weights(0)
     batch = training_batch(corpus, 512, 4, seed=0, step=0)
     one, three = (
-        train.loss_and_gradient(model, list(model.parameters()), *batch, 4 * 512, Cores(cpu, n), Ranks(cpu))
+        train.loss_and_gradient(
+            model, list(model.parameters()), *batch, 4 * 512, Cores(cpu, n), Ranks(cpu)
+        )
         for n in (1, 3)
     )
     assert torch.allclose(one, three, rtol=1e-4, atol=1e-7)
@@ -166,7 +175,13 @@ def test_gradient_is_the_same_on_one_core_and_on_three(corpus):
 
 def test_two_processes_train_as_one(workplace, text_file):
     process = start(
-        workplace, flags(text_file, out="two"), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+        workplace,
+        flags(text_file, out="two"),
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
     )
     out, err = process.communicate(timeout=100)
     assert process.returncode == 0, err
@@ -195,7 +210,9 @@ def test_a_killed_run_goes_on_to_the_last_bit(workplace, text_file, n_snapshots)
     (workplace / "killed" / "state.pt.partial").write_bytes(b"half")
     assert train.main(flags(text_file, "--resume", steps=30, out="killed")) == 0
     assert losses("killed") == losses("whole")
-    whole, killed = (read_records(workplace / name / "measurements.npz") for name in ("whole", "killed"))
+    whole, killed = (
+        read_records(workplace / name / "measurements.npz") for name in ("whole", "killed")
+    )
     assert len(whole) == len(killed)
     for a, b in zip(whole, killed, strict=True):
         assert all(np.array_equal(a[name], b[name]) for name in a)
@@ -222,7 +239,9 @@ def test_resuming_a_finished_run_changes_nothing(workplace, text_file):
     assert losses("run") == before
 
 
-def test_a_loss_that_is_not_a_number_stops_with_the_last_good_snapshot(workplace, text_file, capsys):
+def test_a_loss_that_is_not_a_number_stops_with_the_last_good_snapshot(
+    workplace, text_file, capsys
+):
     assert train.main(flags(text_file, "--lr", "1e12", steps=200)) == 2
     error = one_line(capsys)
     assert "--lr" in error and "last good snapshot" in error
@@ -276,7 +295,16 @@ def test_a_full_disk_is_one_line_and_leaves_whole_files(workplace, text_file):
 def test_bad_flags_are_one_line_and_exit_code_2(workplace, text_file, capsys, arguments, fault):
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    base = ["--data", str(text_file), "--vocabulary", PYTHON_1024, "--tokens", str(2 * STEP), "--out", "run"]
+    base = [
+        "--data",
+        str(text_file),
+        "--vocabulary",
+        PYTHON_1024,
+        "--tokens",
+        str(2 * STEP),
+        "--out",
+        "run",
+    ]
     if "cuda" not in arguments:
         base += ["--device", "cpu"]
     assert train.main([*base, *arguments]) == 2
@@ -306,12 +334,17 @@ def test_resuming_with_other_flags_is_refused(workplace, text_file, capsys, chan
     train.main(flags(text_file, steps=2))
     before = {path: path.read_bytes() for path in (workplace / "run").rglob("*") if path.is_file()}
     vocabulary = Path(PYTHON_1024).read_bytes().splitlines(keepends=True)
-    vocabulary[1000:1002] = [v.replace(b" 1000", b" 1001") if b" 1000" in v else v.replace(b" 1001", b" 1000") for v in vocabulary[1000:1002]]
+    vocabulary[1000:1002] = [
+        v.replace(b" 1000", b" 1001") if b" 1000" in v else v.replace(b" 1001", b" 1000")
+        for v in vocabulary[1000:1002]
+    ]
     Path("other.tiktoken").write_bytes(b"".join(vocabulary))
     capsys.readouterr()
     assert train.main(flags(text_file, "--resume", *change, steps=2)) == 2
     assert f"another {fault}" in one_line(capsys)
-    assert before == {path: path.read_bytes() for path in (workplace / "run").rglob("*") if path.is_file()}
+    assert before == {
+        path: path.read_bytes() for path in (workplace / "run").rglob("*") if path.is_file()
+    }
 
 
 def test_a_state_of_another_shape_is_refused(workplace, text_file, capsys):

@@ -85,8 +85,8 @@ ALL_BYTES = {bytes([b]): b for b in range(256)}
 @pytest.mark.parametrize(
     "content",
     [
-        b"", b"hello\n", b"\0\1\2", lines_of({b"a": 0, b"b": 1}), lines_of(ALL_BYTES | {b"ab": 300}),
-        lines_of(ALL_BYTES | {b"ab": 255}),
+        b"", b"hello\n", b"\0\1\2", lines_of({b"a": 0, b"b": 1}),
+        lines_of(ALL_BYTES | {b"ab": 300}), lines_of(ALL_BYTES | {b"ab": 255}),
     ],
     ids=["empty", "text", "binary", "bytes missing", "a gap", "a rank twice"],
 )  # fmt: skip

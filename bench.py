@@ -1,0 +1,237 @@
+"""Times what the project is fast for against what a user would pick instead: checks first, then
+times, in one run.
+
+    python bench.py train      a training step, against nanoGPT's recipe at the same shape
+
+Every row is printed and appended to results/bench.jsonl with all that it takes to repeat it.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import train
+from model import Transformer, config_for
+from parallel import AVAILABLE_CORES, Cores, Ranks
+from progress import describe_machine
+from safety import ArgumentParser, BadInput, one_line_errors
+
+CPU = torch.device("cpu")
+
+
+def measure(function, seconds):
+    """Calls function until that many seconds have passed, at least five times; seconds of each
+    call.
+    """
+    times = []
+    started = time.perf_counter()
+    while time.perf_counter() - started < seconds or len(times) < 5:
+        tick = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - tick)
+    return times
+
+
+def matmul_ceiling(n=2048):
+    """float32 operations a second of a large square product on all cores: what no training step can
+    exceed.
+    """
+    a, b = torch.randn(n, n), torch.randn(n, n)
+    torch.set_num_threads(AVAILABLE_CORES)
+    return 2 * n**3 / min(measure(lambda: a @ b, 1.0))
+
+
+# --- a training step
+
+
+class NanoGPT(nn.Module):
+    """nanoGPT's published recipe without its MLPs: learned positions, LayerNorm without biases, one
+    linear layer for q, k and v, SDPA, tied embeddings, cross-entropy of all logits.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, width = config, config.n_heads * config.d_head
+        self.wte = nn.Embedding(config.d_vocab, config.d_model)
+        self.wpe = nn.Embedding(config.n_ctx, config.d_model)
+        self.norms = nn.ParameterList(
+            torch.ones(config.d_model) for _ in range(config.n_layers + 1)
+        )
+        self.c_attn = nn.ModuleList(
+            nn.Linear(config.d_model, 3 * width, bias=False) for _ in range(config.n_layers)
+        )
+        self.c_proj = nn.ModuleList(
+            nn.Linear(width, config.d_model, bias=False) for _ in range(config.n_layers)
+        )
+        self.lm_head = nn.Linear(config.d_model, config.d_vocab, bias=False)
+        self.lm_head.weight = self.wte.weight
+        for matrix in (p for p in self.parameters() if p.dim() > 1):
+            nn.init.normal_(matrix, std=0.02)
+
+    def norm(self, x, layer):
+        return F.layer_norm(x, (self.config.d_model,), self.norms[layer], None)
+
+    def forward(self, tokens, targets):
+        batch, n_ctx = tokens.shape
+        x = self.wte(tokens) + self.wpe(torch.arange(n_ctx))
+        for layer in range(self.config.n_layers):
+            q, k, v = self.c_attn[layer](self.norm(x, layer)).chunk(3, dim=2)
+            q, k, v = (
+                t.view(batch, n_ctx, self.config.n_heads, -1).transpose(1, 2) for t in (q, k, v)
+            )
+            z = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + self.c_proj[layer](z.transpose(1, 2).contiguous().view(batch, n_ctx, -1))
+        logits = self.lm_head(self.norm(x, -1))
+        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
+
+
+def nanogpt_step(config, n_rows, tokens):
+    model = NanoGPT(config)
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
+
+    def step():
+        places = torch.randint(len(tokens) - config.n_ctx, (n_rows,))
+        x = torch.stack(
+            [torch.from_numpy(tokens[i : i + config.n_ctx].astype(np.int64)) for i in places]
+        )
+        y = torch.stack(
+            [
+                torch.from_numpy(tokens[i + 1 : i + 1 + config.n_ctx].astype(np.int64))
+                for i in places
+            ]
+        )
+        loss = model(x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+def our_step(config, recipe, corpus, cores):
+    """The body of train.py's loop."""
+    model = Transformer(config).init_weights(0)
+    parameters = list(model.parameters())
+    optimizer = train.make_optimizer(parameters, recipe)
+    ranks, steps = Ranks(CPU), iter(range(10**9))
+    n_tokens = recipe.n_rows * config.n_ctx
+
+    def step():
+        n = next(steps)
+        inputs, targets = train.training_batch(corpus, config.n_ctx, recipe.n_rows, 0, n)
+        total = train.loss_and_gradient(model, parameters, inputs, targets, n_tokens, cores, ranks)
+        train.update(optimizer, parameters, total[1:], recipe, n, n_tokens)
+        return total[0].item()
+
+    return step
+
+
+def training_flops(config):
+    """Multiply-adds of a token, forward and backward, times two: matrix products only, attention
+    counted causal.
+    """
+    width = config.n_heads * config.d_head
+    projections = 4 * config.d_model * width + 2 * config.d_model * config.d_mlp
+    attention = 2 * width * (config.n_ctx + 1) / 2
+    return 3 * 2 * (config.n_layers * (projections + attention) + config.d_model * config.d_vocab)
+
+
+def bench_train(seconds):
+    """Rows for a step of `python train.py --layers 2 --attn-only`."""
+    from corpora import open_corpus
+
+    corpus, recipe, cores = open_corpus(), train.RECIPES["mini"], Cores(CPU)
+    config = config_for("mini", 2, True, corpus.d_vocab)
+    steps = {
+        "nanoGPT's recipe": (AVAILABLE_CORES, nanogpt_step(config, recipe.n_rows, corpus.train[0])),
+        "train.py": (1, our_step(config, recipe, corpus, cores)),
+    }
+    check_gradient(config, recipe, corpus, cores)
+    for threads, step in steps.values():
+        torch.set_num_threads(threads)
+        losses = [step() for _ in range(30)]
+        if not losses[-1] < losses[0]:
+            raise BadInput(f"a step that does not learn is not worth timing: losses {losses}")
+    times = {name: [] for name in steps}
+    for _ in range(5):  # in turns, so that a busy moment of the machine hits both
+        for name, (threads, step) in steps.items():
+            torch.set_num_threads(threads)
+            times[name] += measure(step, seconds / 10)
+    ceiling = matmul_ceiling()
+    n_tokens = recipe.n_rows * config.n_ctx
+    baseline = np.median(times["nanoGPT's recipe"])
+    for name, seconds_each in times.items():
+        p20, median, p80 = np.percentile(seconds_each, [20, 50, 80])
+        flops = training_flops(config) * n_tokens / median
+        yield {
+            "what": name,
+            "tokens_per_second": round(n_tokens / median),
+            "p20": round(n_tokens / p80),
+            "p80": round(n_tokens / p20),
+            "n": len(seconds_each),
+            "speedup": round(baseline / median, 3),
+            "gflops": round(flops / 1e9, 1),
+            "ceiling_gflops": round(ceiling / 1e9, 1),
+            "of_ceiling": round(flops / ceiling, 3),
+            "shape": dataclasses.asdict(config) | {"rows": recipe.n_rows},
+        }
+
+
+def check_gradient(config, recipe, corpus, cores):
+    """The fast step's gradient against the definition's."""
+    batch = train.training_batch(corpus, config.n_ctx, recipe.n_rows, 0, 0)
+    gradients = []
+    for kernels in ("reference", "torch"):
+        model = Transformer(config, kernels).init_weights(0)
+        total = train.loss_and_gradient(
+            model, list(model.parameters()), *batch, batch[0].numel(), cores, Ranks(CPU)
+        )
+        gradients.append(total)
+    difference = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
+    if difference > 1e-5:
+        raise BadInput(f"the fast gradient is off by {difference:.1e}; nothing was timed")
+
+
+@one_line_errors
+def main(argv=None):
+    parser = ArgumentParser(__doc__)
+    parser.add_argument("what", choices=("train",))
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="time for each comparison (default: 60)"
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=Path("results/bench.jsonl"),
+        help="default: results/bench.jsonl",
+    )
+    args = parser.parse_args(argv)
+    machine = describe_machine(CPU, Cores(CPU), 1, torch.float32, "torch")
+    print(f"{machine['device']}, torch {machine['torch']}, commit {machine['commit']}", flush=True)
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    for row in bench_train(args.seconds):
+        print(
+            f"{row['what']:>18}  {row['tokens_per_second']:>7,} tokens/s"
+            f" ({row['p20']:,} to {row['p80']:,}, n={row['n']})  {row['speedup']:.2f}x"
+            f"  {row['of_ceiling']:.0%} of the matmul ceiling, {row['ceiling_gflops']:.0f} GFLOP/s"
+        )
+        record = {"bench": args.what, **row, "machine": machine, "date": time.strftime("%Y-%m-%d")}
+        with open(args.json, "a") as file:
+            file.write(json.dumps(record) + "\n")
+    print(f"-> {args.json}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""The phase change: loss, in-context learning score, prefix matching of every head and the value of
+context, over training.
+
+    python plots/phase_change.py RUN [RUN ...] --out FILE.png
+
+One column a run, as the paper's figures F3 to F6: in the shaded window in-context learning and
+induction heads appear together, the loss curve has its bump, and the loss begins to fall with
+context beyond the first fifty tokens.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+# `python plots/phase_change.py` puts plots/ on the path, not the folder above it
+sys.path.append(str(Path(__file__).parent.parent))
+
+from plots import style
+from plots.style import plt
+from safety import ArgumentParser, BadInput, one_line_errors, write_whole
+
+
+def draw(runs):
+    """-> a figure with four rows and a column for each run."""
+    n_columns = len(runs)
+    figure, axes = plt.subplots(
+        4, n_columns, figsize=(1.4 + 3.1 * n_columns, 8.5), layout="constrained",
+        sharex="col", sharey="row", squeeze=False,
+    )  # fmt: skip
+    one_layer = next((run for run in runs if run.is_plain_one_layer), None)
+    strongest = np.percentile(
+        np.abs(np.concatenate([run.measurements["loss_derivative"] for run in runs])), 98
+    )
+    losses = np.concatenate([run.measurements["loss"] for run in runs])
+    for run, (loss, score, heads, derivative) in zip(runs, axes.T, strict=True):
+        loss.set_title(f"{run.title}\nseed {run.made['seed']}")
+        draw_loss(loss, run, one_layer)
+        draw_score(score, run)
+        draw_heads(heads, run)
+        mesh = draw_derivative(derivative, run, strongest)
+        for ax in (loss, score, heads):
+            style.shade_phase_change(ax, run)
+        derivative.set_xlabel("training tokens (millions)")
+    axes[0, 0].set_ylim(losses.min() - 0.1, np.percentile(losses, 85))
+    axes[2, 0].set_ylim(0, 1)
+    axes[1, 0].legend(loc="lower left")
+    row_labels = (
+        "held-out loss\n(nats per token)",
+        "in-context learning\nscore (nats)",
+        "prefix matching\nof each head",
+        "context: token position",
+    )
+    for ax, label in zip(axes[:, 0], row_labels, strict=True):
+        ax.set_ylabel(label)
+    bar = figure.colorbar(mesh, ax=axes[3], aspect=12, pad=0.01)
+    bar.set_label("d loss / d ln position\n(blue: context helps)")
+    return figure
+
+
+def draw_loss(ax, run, one_layer):
+    if one_layer and one_layer is not run:
+        ax.plot(
+            one_layer.millions,
+            one_layer.measurements["loss"],
+            color=style.QUIET,
+            lw=1,
+            label=one_layer.title,
+        )
+        ax.legend(loc="upper right")
+    ax.plot(run.millions, run.measurements["loss"], color=run.colour)
+
+
+def draw_score(ax, run):
+    """The paper's two positions as dots, and the same difference between two bands, far less noisy,
+    as a line.
+    """
+    ax.axhline(0, color="0.85", lw=0.8, zorder=0)
+    ax.plot(
+        run.millions,
+        run.measurements["icl_score"],
+        ".",
+        ms=3,
+        color=style.QUIET,
+        label="token 500 minus token 50",
+    )
+    band = "tokens 480-511 minus 40-60"
+    ax.plot(run.millions, run.measurements["icl_band_score"], color=run.colour, label=band)
+
+
+def draw_heads(ax, run):
+    scores = run.measurements["prefix_matching"]
+    for layer, head in np.ndindex(scores.shape[1:]):
+        label = f"layer {layer}" if head == 0 else None
+        ax.plot(
+            run.millions,
+            scores[:, layer, head],
+            color=style.depth_colour(layer + 1),
+            lw=1.2,
+            label=label,
+        )
+    best = run.summary["best_prefix_matching"]
+    end = (run.millions[-1], best["score"])
+    ax.annotate(best["head"], end, xytext=(3, 0), textcoords="offset points", va="center")
+    ax.legend(loc="upper left")
+
+
+def draw_derivative(ax, run, strongest):
+    positions = run.measurements["derivative_position"][0]
+    values = run.measurements["loss_derivative"].T
+    mesh = ax.pcolormesh(
+        run.millions,
+        positions,
+        values,
+        cmap="RdBu_r",
+        vmin=-strongest,
+        vmax=strongest,
+        shading="nearest",
+    )
+    ax.set_yscale("log")
+    ax.set_yticks([5, 50, 500], ["5", "50", "500"])
+    ax.minorticks_off()
+    change = run.summary["phase_change"]
+    for name in ("start_tokens", "end_tokens") if change else ():
+        ax.axvline(change[name] / 1e6, color=style.WINDOW_COLOUR, lw=1.5)
+    return mesh
+
+
+@one_line_errors
+def main(argv=None):
+    parser = ArgumentParser(__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--out", type=Path, required=True, help="the picture to write (.png)")
+    args = parser.parse_args(argv)
+    if args.out.suffix != ".png":
+        raise BadInput(f"--out {args.out}: must end in .png")
+    figure = draw([style.load_run(folder) for folder in args.runs])
+    write_whole(args.out, lambda path: style.save(figure, path))
+    print(f"-> {args.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""What a run tells about itself: its header, its progress, where its time went, what it ran on."""
+
+import contextlib
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import evaluate
+from model import count_parameters
+
+PROGRESS_SECONDS = 15
+
+
+class Clock:
+    """Seconds spent on each activity and in all."""
+
+    def __init__(self):
+        self.started, self.spent = time.time(), {}
+
+    @contextlib.contextmanager
+    def __call__(self, activity):
+        tick = time.time()
+        yield
+        self.spent[activity] = self.spent.get(activity, 0.0) + time.time() - tick
+
+    def read(self):
+        return {"total": time.time() - self.started, **self.spent}
+
+    def go_on_from(self, seconds):
+        """Counts what an interrupted run has spent as spent."""
+        self.spent = dict(seconds)
+        self.started = time.time() - self.spent.pop("total")
+
+
+class Progress:
+    """A line every fifteen seconds, and one when the phase change has come."""
+
+    def __init__(self, say, records, first_step, n_steps):
+        self.say, self.records, self.n_steps = say, records, n_steps
+        self.started, self.first_step = time.time(), first_step
+        self.shown_at, self.shown_step = self.started, first_step
+        self.losses = []
+        self.announced = False
+
+    def after_step(self, step, tokens, loss):
+        self.losses.append(loss)
+        now = time.time()
+        if now - self.shown_at < PROGRESS_SECONDS and step < self.n_steps:
+            return
+        minutes, seconds = divmod(
+            round((now - self.started) / (step - self.first_step) * (self.n_steps - step)), 60
+        )
+        speed = tokens / step * (step - self.shown_step) / (now - self.shown_at)
+        loss = sum(self.losses) / len(self.losses)
+        self.say(
+            f"step {step:>{len(str(self.n_steps))}}  {tokens / 1e6:.2f}M tokens  loss {loss:.3f}"
+            f"  {evaluate.one_line(self.records[-1])}"
+            f"  {speed / 1000:,.1f}k tokens/s  {minutes}:{seconds:02d} left"
+        )
+        self.shown_at, self.shown_step, self.losses = now, step, []
+
+    def after_snapshot(self):
+        change = evaluate.find_phase_change(self.records)
+        # two snapshots later the smoothed score no longer changes
+        if change and not self.announced and change[1] < len(self.records) - 3:
+            start, end = (self.records[n] for n in change)
+            self.announced = True
+            self.say(
+                f"the phase change has come, from {start['tokens'] / 1e6:.2f}M to"
+                f" {end['tokens'] / 1e6:.2f}M tokens:\n"
+                f"  before  {evaluate.one_line(start)}\n  after   {evaluate.one_line(end)}"
+            )
+
+
+def header(args, model, corpus, recipe, n_steps, n_snapshots, machine):
+    """What is about to be trained, on what, with what."""
+    config = model.config
+    layers = f"{config.n_layers} layer{'s' * (config.n_layers > 1)}"
+    kind = f"MLPs of {config.d_mlp}" if config.d_mlp else "attention-only"
+    return (
+        f"model    {layers}, {kind}{', smeared keys' * config.smear}, d_model {config.d_model},"
+        f" {config.n_heads} heads of {config.d_head}, context {config.n_ctx}:"
+        f" {count_parameters(model)[0]:,} parameters (scale {args.scale})\n"
+        f"machine  {machine['device']}, {machine['dtype']}, kernels {machine['kernels']},"
+        f" torch {machine['torch']}, commit {machine['commit']}\n"
+        f"corpus   {corpus.name}: {sum(map(len, corpus.train)):,} tokens to train on, vocabulary of"
+        f" {corpus.d_vocab:,}, sha256 {corpus.sha256[:12]}\n"
+        f"training {n_steps:,} steps of {recipe.n_rows} x {config.n_ctx} tokens, seed {args.seed};"
+        f" {n_snapshots} snapshots, measured on {recipe.n_examples:,} examples of"
+        f" {evaluate.N_CTX} tokens"
+    )
+
+
+def describe_machine(device, cores, world, dtype, kernels):
+    """What a measured number has to travel with."""
+    name = f"{cpu_name()}, {cores.count} cores"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
+    commit = None
+    if shutil.which("git"):
+        describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+        commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None
+    return {
+        "device": name if world == 1 else f"{world} processes of {name}",
+        "dtype": str(dtype).removeprefix("torch."),
+        "kernels": kernels,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit,
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+def cpu_name():
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

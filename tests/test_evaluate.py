@@ -1,0 +1,267 @@
+"""From a snapshot to its record, by slower and plainer ways; and the command line."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import evaluate
+from model import Transformer, config_for, load_snapshot, save_snapshot
+from parallel import Cores, Ranks
+from records import read_records
+from safety import BadInput
+from vocabulary import PYTHON_1024
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Untrained, but loud enough that heads differ."""
+    model = Transformer(config_for("mini", 2, True, 1024, smear=True)).init_weights(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 4 if parameter.dim() > 1 else 1
+        for layer, block in enumerate(model.blocks):
+            block.attn.alpha.copy_(torch.tensor([0.5, -1.0 - layer]))
+        model.ln_final.w.copy_(torch.linspace(0.5, 2, 128))
+    return model
+
+
+@pytest.fixture(scope="module")
+def examples(corpus):
+    return evaluate.draw_examples(corpus, 20)
+
+
+@pytest.fixture(scope="module")
+def record(model, examples):
+    return evaluate.measure(model, examples, Cores(CPU, 2), Ranks(CPU))
+
+
+def test_losses_are_those_of_the_logits_row_by_row(model, examples, record):
+    with torch.no_grad():
+        rows = [
+            F.cross_entropy(model(inputs[None])[0], targets, reduction="none")
+            for inputs, targets in zip(examples.inputs, examples.targets, strict=True)
+        ]
+    losses = torch.stack(rows)
+    assert record["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
+    assert record["loss_by_position"] == pytest.approx(losses.mean(0).numpy(), rel=1e-4)
+    by_hand = [losses[n, examples.token_index[n]].item() for n in range(20)]
+    assert record["per_token_loss"] == pytest.approx(by_hand, rel=1e-4)
+    assert record["icl_score"] == pytest.approx(
+        (losses[:, 499] - losses[:, 49]).mean().item(), abs=1e-4
+    )
+
+
+def test_more_examples_begin_with_the_fewer(corpus, model, record):
+    more = evaluate.measure(model, evaluate.draw_examples(corpus, 30), Cores(CPU, 1), Ranks(CPU))
+    assert more["per_token_loss"][:20] == pytest.approx(record["per_token_loss"], abs=1e-4)
+    assert np.array_equal(more["prefix_matching"], record["prefix_matching"])
+
+
+def test_head_scores_have_a_place_for_every_head(record):
+    for name in (
+        "prefix_matching",
+        "match_itself",
+        "match_before",
+        "copying",
+        "previous_token",
+        "own_key_share",
+    ):
+        assert record[name].shape == (2, 2)
+    assert record["own_key_share"][0, 0] == pytest.approx(1 / (1 + np.exp(-0.5)))
+    assert (record["own_key_share"][1, 1] - 1 / (1 + np.exp(2.0))) == pytest.approx(0, abs=1e-6)
+
+
+def test_logit_effect_is_the_change_of_the_logits(model, examples):
+    """Adds a value's contribution to the residual stream by hand, behind a LayerNorm whose scale is
+    held fixed.
+    """
+    tokens = examples.random[:2]
+    seen = {}
+    model.residual(
+        tokens, lambda name, layer, value: seen.setdefault((name, layer), value) is None or None
+    )
+    layer, head, row, key = 1, 1, 1, 6
+    effect = evaluate.logit_effect(model, layer, seen["v", layer], tokens)
+    with torch.no_grad():
+        contribution = seen["v", layer][row, head, key] @ model.blocks[layer].attn.W_O[head]
+        centred = contribution - contribution.mean()
+        logits = (centred * model.ln_final.w) @ model.unembed["W_U"]
+        expected = (logits - logits.mean())[tokens[row]]
+    assert torch.allclose(effect[row, head, key], expected, atol=1e-4)
+
+
+def test_copying_score_of_the_model_by_brute_force(model, examples, record):
+    """From patterns and weights, with loops, as the definition says it."""
+    seen = {}
+    model.residual(
+        examples.random,
+        lambda name, layer, value: seen.setdefault((name, layer), value) is None or None,
+    )
+    with torch.no_grad():
+        for layer, head in np.ndindex(2, 2):
+            own = total = 0.0
+            for row in range(10):
+                tokens = examples.random[row]
+                results = seen["v", layer][row, head] @ model.blocks[layer].attn.W_O[head]
+                for j in range(25):
+                    logits = ((results[j] - results[j].mean()) * model.ln_final.w) @ model.unembed[
+                        "W_U"
+                    ]
+                    raised = (logits - logits.mean()).clamp(min=0)
+                    weight = seen["pattern", layer][row, head, :, j].sum().item()
+                    own += weight * raised[tokens[j]].item()
+                    total += weight * raised[tokens].sum().item()
+            assert record["copying"][layer, head] == pytest.approx(
+                4 * own / (own + total) - 1, abs=1e-4
+            )
+
+
+# what is drawn from records
+
+
+def make_records(icl, prefix):
+    heads = np.zeros((2, 2), np.float32)
+    records = []
+    for n, (score, best) in enumerate(zip(icl, prefix, strict=True)):
+        matching = heads.copy()
+        matching[1, 0] = best
+        records.append(
+            {
+                "step": 10 * n, "tokens": 1000 * n, "loss": 3.0, "per_token_loss": np.zeros(9),
+                "icl_score": score, "icl_score_error": 0.01,
+                "icl_band_score": score, "icl_band_score_error": 0.01,
+                "prefix_matching": matching, "previous_token": heads + 0.3, "copying": heads + 0.5,
+            }
+        )  # fmt: skip
+    return records
+
+
+def test_a_summary_tells_where_the_phase_change_is():
+    time = np.arange(101)
+    change = 1 / (1 + np.exp(-(time - 60) / 4))
+    records = make_records(-0.05 - 0.4 * change, 0.03 + 0.7 * change)
+    asked = []
+
+    def measure_again(index):
+        asked.append(index)
+        return records[index]
+
+    summary = evaluate.summarise(records, measure_again)
+    window = summary["phase_change"]
+    assert 470 <= window["start_step"] <= 510 and 690 <= window["end_step"] <= 730
+    assert window["start_tokens"] == 100 * window["start_step"]
+    assert window["icl_half_way_snapshot"] == window["prefix_matching_half_way_snapshot"]
+    assert asked == [100, window["start_step"] // 10, window["end_step"] // 10]
+    assert summary["icl_before"] == pytest.approx(-0.07, abs=0.02)
+    assert summary["icl_after"] == pytest.approx(-0.43, abs=0.02)
+    assert summary["best_prefix_matching"] == {
+        "head": "1:0",
+        "score": pytest.approx(0.73, abs=1e-3),
+    }
+    assert summary["heads"][2]["class"] == "induction"
+    assert "phase change from" in evaluate.conclusion(summary)
+
+
+def test_a_summary_without_a_phase_change_says_so():
+    summary = evaluate.summarise(
+        records := make_records(np.full(50, -0.1), np.full(50, 0.03)), records.__getitem__
+    )
+    assert summary["phase_change"] is None and summary["icl_before"] is None
+    assert evaluate.conclusion(summary).startswith("no phase change")
+
+
+# the command line
+
+
+@pytest.fixture
+def run(model, text_file, corpus, tmp_path, monkeypatch):
+    """A folder with two snapshots."""
+    monkeypatch.chdir(tmp_path)
+    origin = {"data": str(text_file), "name": corpus.name, "sha256": corpus.sha256}
+    (tmp_path / "run" / "snapshots").mkdir(parents=True)
+    for step in (0, 5):
+        save_snapshot(
+            tmp_path / "run" / "snapshots" / f"step_{step:07d}.pt", model, step, 100 * step, origin
+        )
+    return tmp_path / "run"
+
+
+def command(path, text_file, *more):
+    data = ["--data", str(text_file), "--vocabulary", PYTHON_1024]
+    return [str(path), "--examples", "4", "--device", "cpu", *data, *more]
+
+
+def test_a_snapshot_is_printed_as_a_table_of_heads(run, text_file, record, capsys):
+    snapshot = run / "snapshots" / "step_0000005.pt"
+    assert evaluate.main(command(snapshot, text_file, "--out", "record.npz")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    table = {line.split()[0]: line.split() for line in lines if line.strip()[:2] in ("0:", "1:")}
+    assert list(table) == ["0:0", "0:1", "1:0", "1:1"]
+    for layer, head in np.ndindex(2, 2):
+        _, prefix, copying, previous, *_ = table[f"{layer}:{head}"]
+        assert float(prefix) == pytest.approx(record["prefix_matching"][layer, head], abs=1e-3)
+        assert float(copying) == pytest.approx(record["copying"][layer, head], abs=1e-2)
+        assert float(previous) == pytest.approx(record["previous_token"][layer, head], abs=1e-3)
+    assert read_records(Path("record.npz"))[0]["step"] == 5
+
+
+def test_a_run_is_measured_snapshot_by_snapshot(run, text_file, capsys):
+    (run / "summary.json").write_text(json.dumps({"tokens": 500, "examples": 1, "loss": 0.0}))
+    assert evaluate.main(command(run, text_file)) == 0
+    records = read_records(run / "measurements.npz")
+    assert [record["step"] for record in records] == [0, 5]
+    assert len(records[0]["per_token_loss"]) == 4
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["tokens"] == 500 and summary["examples"] == 4
+    assert summary["loss"] == pytest.approx(records[1]["loss"])
+
+
+def test_another_corpus_than_the_one_trained_on_is_named(run, tmp_path, capsys):
+    (tmp_path / "other.txt").write_text(
+        "quick brown foxes jump over 37 lazy dogs; why not?\n" * 2000
+    )
+    snapshot = run / "snapshots" / "step_0000005.pt"
+    assert evaluate.main(command(snapshot, tmp_path / "other.txt")) == 0
+    assert "not the corpus it was trained on" in capsys.readouterr().out
+
+
+def refused(capsys, arguments):
+    assert evaluate.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def test_a_path_inside_a_snapshot_is_not_followed(run, capsys):
+    error = refused(capsys, [str(run / "snapshots" / "step_0000005.pt"), "--device", "cpu"])
+    assert "pass --data" in error
+
+
+def test_bad_input_is_one_line(run, text_file, tmp_path, capsys):
+    snapshot = run / "snapshots" / "step_0000005.pt"
+    assert "at least 2" in refused(capsys, command(snapshot, text_file, "--examples", "1"))
+    assert "holds out only" in refused(capsys, command(snapshot, text_file, "--examples", "100000"))
+    assert "no snapshots" in refused(capsys, command(tmp_path, text_file))
+    assert "nowhere.pt" in refused(capsys, command("nowhere.pt", text_file))
+    assert "invalid int" in refused(capsys, command(snapshot, text_file, "--examples", "all"))
+    snapshot.write_bytes(snapshot.read_bytes()[:-1000])
+    assert "damaged" in refused(capsys, command(snapshot, text_file))
+
+
+def test_a_vocabulary_of_another_size_is_refused(run, text_file, tmp_path, capsys):
+    model = Transformer(config_for("mini", 1, True, 500)).init_weights(0)
+    origin = {"data": "python", "name": "x", "sha256": "y"}
+    save_snapshot(tmp_path / "small.pt", model, 0, 0, origin)
+    assert "a vocabulary of 500" in refused(capsys, command(tmp_path / "small.pt", text_file))
+    assert load_snapshot(tmp_path / "small.pt")[1]["corpus"] == origin
+
+
+def test_examples_need_a_spread():
+    with pytest.raises(BadInput):
+        evaluate.draw_examples(None, 1)

@@ -1,0 +1,103 @@
+"""The figure shows the records, and only needs them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from plots import phase_change, style
+
+ROOT = Path(__file__).parent.parent
+
+
+def make_run(folder, n_layers, smear=False, change=None):
+    """Records as train.py writes them, as far as the figure reads them."""
+    folder.mkdir()
+    n = 40
+    rng = np.random.default_rng(n_layers)
+    arrays = {
+        "step": np.arange(n),
+        "tokens": np.arange(n) * 100_000,
+        "loss": np.linspace(7, 3, n),
+        "icl_score": rng.normal(-0.1, 0.1, n),
+        "icl_band_score": rng.normal(-0.1, 0.02, n),
+        "prefix_matching": rng.uniform(0, 1, (n, n_layers, 2)),
+        "derivative_position": np.tile(np.geomspace(4, 512, 20), (n, 1)),
+        "loss_derivative": rng.normal(-0.1, 0.05, (n, 20)),
+    }
+    np.savez(folder / "measurements.npz", **arrays)
+    config = {"n_layers": n_layers, "d_mlp": 0, "smear": smear}
+    (folder / "run.json").write_text(json.dumps({"config": config, "seed": 3}))
+    summary = {"phase_change": change, "best_prefix_matching": {"head": "0:1", "score": 0.5}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    change = {"start_tokens": 1_000_000, "end_tokens": 2_000_000}
+    return [make_run(tmp_path / "one", 1), make_run(tmp_path / "two", 2, change=change)]
+
+
+def test_every_panel_shows_its_records(runs):
+    loaded = [style.load_run(run) for run in runs]
+    figure = phase_change.draw(loaded)
+    panels = np.array(figure.axes[:8]).reshape(4, 2)
+    one, two = (run.measurements for run in loaded)
+    lines = [[line.get_ydata() for line in ax.get_lines()] for ax in panels[:, 1]]
+    assert any(np.array_equal(y, two["loss"]) for y in lines[0])
+    assert any(
+        np.array_equal(y, one["loss"]) for y in lines[0]
+    )  # the one-layer curve for comparison
+    assert any(np.array_equal(y, two["icl_score"]) for y in lines[1])
+    assert any(np.array_equal(y, two["icl_band_score"]) for y in lines[1])
+    for layer, head in np.ndindex(2, 2):
+        assert any(np.array_equal(y, two["prefix_matching"][:, layer, head]) for y in lines[2])
+    (mesh,) = panels[3, 1].collections
+    assert np.array_equal(mesh.get_array(), two["loss_derivative"].T)
+    assert panels[2, 1].get_lines()[0].get_xdata()[-1] == 3.9  # millions of tokens
+    style.plt.close(figure)
+
+
+def test_the_window_is_shaded_where_there_is_one(runs):
+    figure = phase_change.draw([style.load_run(run) for run in runs])
+    panels = np.array(figure.axes[:8]).reshape(4, 2)
+    for row in range(3):
+        assert not panels[row, 0].patches
+        (window,) = panels[row, 1].patches
+        assert (window.get_x(), window.get_x() + window.get_width()) == (1.0, 2.0)
+    style.plt.close(figure)
+
+
+def test_the_script_writes_a_picture_and_imports_no_torch(runs, tmp_path):
+    program = (
+        "import sys, runpy\n"
+        f"sys.argv = ['phase_change.py', *{[str(run) for run in runs]}, '--out', 'f.png']\n"
+        f"try: runpy.run_path({str(ROOT / 'plots' / 'phase_change.py')!r}, run_name='__main__')\n"
+        "except SystemExit as end: assert end.code == 0, end.code\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+    picture = (tmp_path / "f.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
+
+
+@pytest.mark.parametrize("name", ["measurements.npz", "run.json", "summary.json"])
+def test_missing_and_damaged_records_are_one_line(runs, tmp_path, capsys, name):
+    for spoil, fault in (
+        (lambda path: path.write_bytes(b"{"), "damaged"),
+        (Path.unlink, "missing"),
+    ):
+        spoil(runs[0] / name)
+        assert phase_change.main([*map(str, runs), "--out", str(tmp_path / "f.png")]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and fault in error
+    assert not (tmp_path / "f.png").exists()
+
+
+def test_only_pictures_are_written(runs, tmp_path, capsys):
+    assert phase_change.main([str(runs[0]), "--out", str(tmp_path / "f.txt")]) == 2
+    assert ".png" in capsys.readouterr().err
