@@ -20,10 +20,10 @@ import torch
 import metrics
 from corpora import BUILT_IN, open_corpus
 from data import EVALUATION_SEED, evaluation_rows, random_sequences
-from model import load_snapshot
 from parallel import Cores, Ranks
 from records import read_json, write_json, write_records
 from safety import ArgumentParser, BadInput, one_line_errors
+from snapshots import load_snapshot
 
 HEAD_SCORES = ("prefix_matching", "copying", "previous_token")
 N_CTX = 512  # of every evaluation, whatever the model's own context, as in the paper

@@ -1,4 +1,4 @@
-"""The transformer of the paper, its sizes, and its snapshots on disk.
+"""The transformer of the paper and its sizes.
 
 A decoder-only, pre-LayerNorm transformer that can be attention-only (`d_mlp = 0`), as in "A
 Mathematical Framework for Transformer Circuits". Two things differ from GPT-2, both because the
@@ -17,10 +17,7 @@ head, pos, d_head]; pattern [batch, head, query, key].
 """
 
 import dataclasses
-import io
 import math
-import zipfile
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +25,7 @@ from torch import nn
 
 from kernels.attention import attention, attention_pattern
 from kernels.cross_entropy import linear_cross_entropy
-from safety import BadInput, write_whole
+from safety import BadInput
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +40,10 @@ class ModelConfig:
     n_ctx: int  # longest input, start token included
     d_vocab: int
     smear: bool = False
-    # for each head of a layer how many positions it sees, itself included; None: all heads see
-    # everything
+    # how many positions each head of a layer sees, its own included; None: every head sees all
     windows: tuple[int, ...] | None = None
-    # the sinusoid: amplitude, and the wavelengths in radians a token, from max_frequency down to
-    # max_frequency / base
+    # of the sinusoid: its amplitude, and its frequencies in radians a token, from max_frequency
+    # down to max_frequency / base
     position_scale: float = 1.0
     position_base: float = 10_000.0
     position_max_frequency: float = 1.0
@@ -56,23 +52,16 @@ class ModelConfig:
         for name in ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "n_ctx", "d_vocab"):
             value, least = getattr(self, name), 0 if name == "d_mlp" else 1
             if type(value) is not int or value < least:
-                raise BadInput(
-                    f"{name} is {value!r}: it must be a whole number of at least {least}"
-                )
+                raise BadInput(f"{name} is {value!r}: a whole number of at least {least} is needed")
         if self.d_model % 2:
-            raise BadInput(
-                f"d_model is {self.d_model}: it must be even, for as many sines as cosines"
-            )
+            raise BadInput(f"d_model is {self.d_model}: it must be even (half sines, half cosines)")
         for name in ("position_scale", "position_base", "position_max_frequency"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise BadInput(f"{name} is {value!r}: it must be a positive number")
-        if self.windows is not None and (
-            len(self.windows) != self.n_heads or min(self.windows) < 1
-        ):
-            raise BadInput(
-                f"windows {self.windows}: one number of at least 1 for each of {self.n_heads} heads"
-            )
+                raise BadInput(f"{name} is {value!r}: a positive number is needed")
+        windows = self.windows or (1,) * self.n_heads
+        if len(windows) != self.n_heads or min(windows) < 1:
+            raise BadInput(f"windows {windows}: each of {self.n_heads} heads needs at least 1")
 
 
 # The three sizes of the small series. mini trains in minutes on two CPU cores; small on one GPU;
@@ -236,14 +225,10 @@ class Transformer(nn.Module):
         return self
 
     def residual(self, tokens, hook=None):
-        """tokens [batch, pos] -> the residual stream after the final LayerNorm [batch, pos,
-        d_model], in `dtype`.
-        """
+        """tokens [batch, pos] -> the residual stream after the final LayerNorm, in `dtype`."""
         n_ctx = tokens.shape[1]
         if n_ctx > self.config.n_ctx:
-            raise BadInput(
-                f"{n_ctx} tokens are longer than the model's context of {self.config.n_ctx}"
-            )
+            raise BadInput(f"{n_ctx} tokens do not fit the model's context of {self.config.n_ctx}")
         positions = self.positions[:n_ctx].to(self.dtype)
         resid = self.embed["W_E"][tokens]
         for layer, block in enumerate(self.blocks):
@@ -255,19 +240,15 @@ class Transformer(nn.Module):
         return self.residual(tokens, hook) @ self.unembed["W_U"].to(self.dtype)
 
     def losses(self, tokens, targets, hook=None):
-        """Cross-entropy in nats at every position: tokens, targets [batch, pos] -> [batch, pos],
-        float32.
-        """
-        resid = self.residual(tokens, hook)
+        """Cross-entropy in nats, float32: tokens, targets [batch, pos] -> [batch, pos]."""
+        resid = self.residual(tokens, hook).flatten(0, 1)
         W_U = self.unembed["W_U"].to(self.dtype)
-        return linear_cross_entropy(resid.flatten(0, 1), W_U, targets.flatten(), self.kernels).view(
-            targets.shape
-        )
+        losses = linear_cross_entropy(resid, W_U, targets.flatten(), self.kernels)
+        return losses.view(targets.shape)
 
 
 def sinusoid(config):
-    """The fixed position signal added to the inputs of W_Q and W_K, [n_ctx, d_model]: sines, then
-    cosines.
+    """The position signal added to the inputs of W_Q and W_K, [n_ctx, d_model]: sines, cosines.
 
     A shift by any number of positions is one rotation of this vector, which W_Q W_K^T can learn: so
     a head can look at "one token back" wherever it stands.
@@ -285,100 +266,8 @@ def count_parameters(model):
     return everything, matrices
 
 
-def save_snapshot(path, model, step, tokens, corpus):
-    """The weights after that many steps and tokens, with all that is needed to use them.
-
-    corpus: {"data": what --data said, "name", "sha256"} of the text that they were trained on.
-    """
-    content = {
-        "config": dataclasses.asdict(model.config),
-        "weights": {name: weight.detach().cpu() for name, weight in model.state_dict().items()},
-        "about": {"step": step, "tokens": tokens, "corpus": corpus},
-    }
-    write_whole(path, lambda temporary: save_tensors(content, temporary))
-
-
-def load_snapshot(path, **options):
-    """-> (model, about): what `save_snapshot` wrote; about is {"step", "tokens", "corpus"}.
-
-    The file may come from a stranger: it can run no code, and no memory is taken that it does not
-    back. options: kernels and dtype, as for Transformer. Raises BadInput if the file is not a whole
-    snapshot.
-    """
-    content = load_tensors(path)
-    try:
-        weights, config, about = (dict(content[name]) for name in ("weights", "config", "about"))
-        about = {
-            "step": int(about["step"]),
-            "tokens": int(about["tokens"]),
-            "corpus": {name: str(about["corpus"][name]) for name in ("data", "name", "sha256")},
-        }
-        if config["windows"] is not None:
-            config["windows"] = tuple(config["windows"])
-        config = ModelConfig(**config)
-    except (KeyError, TypeError, ValueError, BadInput) as error:
-        raise BadInput(f"{path}: not a snapshot written by train.py ({error})") from None
-    # the sizes are only the file's word so far: build nothing larger than the file itself before
-    # they are checked
-    n_bytes = Path(path).stat().st_size
-    if config.n_layers > len(weights) or 4 * config.n_ctx * config.d_model > max(n_bytes, 2**26):
-        raise BadInput(
-            f"{path}: a damaged snapshot: it has {len(weights)} weights, too few for {config}"
-        )
-    with torch.device("meta"):
-        expected = Transformer(config).state_dict()
-    for name in expected.keys() | weights.keys():
-        wanted, found = expected.get(name), weights.get(name)
-        if (
-            wanted is None
-            or not torch.is_tensor(found)
-            or found.shape != wanted.shape
-            or found.dtype != wanted.dtype
-        ):
-            raise BadInput(
-                f"{path}: a damaged snapshot: {name} does not fit the sizes that it tells"
-            )
-    if 4 * sum(tensor.numel() for tensor in expected.values()) > n_bytes:
-        raise BadInput(f"{path}: a damaged snapshot: its weights are larger than the file")
-    model = Transformer(config, **options)
-    model.load_state_dict(weights)
-    return model, about
-
-
-def save_tensors(content, path):
-    """Tensors and plain values to a file. Through memory, because torch.save hides a full disk
-    behind an error of its own.
-    """
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    path.write_bytes(buffer.getbuffer())
-
-
-def load_tensors(path):
-    """What torch.save wrote to `path`: tensors and plain values only. Anything else in the file,
-    code above all, is BadInput.
-    """
-    if not zipfile.is_zipfile(path):
-        raise BadInput(f"{path}: damaged, cut short, or not written by train.py")
-    try:
-        with zipfile.ZipFile(path) as file:
-            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in file.infolist())
-        # torch.save compresses nothing, and a compressed entry could unpack to any size
-        content = torch.load(path, map_location="cpu", weights_only=True) if stored else None
-    except Exception as error:  # a stranger's file can fail in any way
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise BadInput(
-            f"{path}: damaged, or not made of tensors alone; not opened ({reason})"
-        ) from None
-    if not isinstance(content, dict):
-        raise BadInput(f"{path}: holds a {type(content).__name__}, not what train.py writes")
-    return content
-
-
 def _per_head(x, W):
-    """x [batch, pos, d_model] @ W [head, d_model, d_head] -> [batch, head, pos, d_head], as one
-    matrix product.
-    """
+    """x [batch, pos, d_model] @ W [head, d_model, d_head] -> [batch, head, pos, d_head]."""
     n_heads, d_model, d_head = W.shape
     flat = W.transpose(0, 1).reshape(d_model, n_heads * d_head).to(x.dtype)
     return (x @ flat).view(*x.shape[:2], n_heads, d_head).transpose(1, 2)
@@ -389,9 +278,7 @@ def _untouched(name, value):
 
 
 def _touching(hook, layer):
-    """The model calls `touch(name, value)`; the user's hook is `hook(name, layer, value)` and may
-    return nothing.
-    """
+    """The user's `hook(name, layer, value)`, which may return nothing, as `touch(name, value)`."""
     if hook is None:
         return _untouched
 

@@ -3,7 +3,7 @@ taken up again.
 
     run.json          what made it: sizes, recipe, seed, corpus; machine, versions, commit
     train.jsonl       one line a step: step, tokens, loss (nats), gradient norm
-    snapshots/        step_<step>.pt: weights that describe themselves (model.py)
+    snapshots/        step_<step>.pt: weights that describe themselves (snapshots.py)
     measurements.npz  one record a snapshot, stacked over snapshots (evaluate.py)
     state.pt          weights and optimizer, only for resuming
     summary.json      what the run shows
@@ -19,8 +19,8 @@ import zipfile
 
 import numpy as np
 
-from model import load_tensors, save_snapshot, save_tensors
 from safety import BadInput, write_whole
+from snapshots import load_tensors, save_snapshot, save_tensors
 
 
 class RunFolder:

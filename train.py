@@ -23,11 +23,12 @@ import torch
 import evaluate
 from corpora import open_corpus
 from data import training_batch
-from model import SCALES, SERIES, Transformer, config_for, count_parameters, load_snapshot
+from model import SCALES, SERIES, Transformer, config_for, count_parameters
 from parallel import Cores, Ranks
 from progress import Clock, Progress, describe_machine, header
 from records import RunFolder
 from safety import ArgumentParser, BadInput, one_line_errors
+from snapshots import load_snapshot
 
 
 @dataclasses.dataclass(frozen=True)

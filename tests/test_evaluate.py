@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from model import Transformer, config_for, load_snapshot, save_snapshot
+from model import Transformer, config_for
 from parallel import Cores, Ranks
 from records import read_records
 from safety import BadInput
+from snapshots import load_snapshot, save_snapshot
 from vocabulary import PYTHON_1024
 
 CPU = torch.device("cpu")

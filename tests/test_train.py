@@ -18,8 +18,8 @@ import torch
 
 import train
 from corpora import open_corpus
-from model import load_snapshot
 from records import read_records
+from snapshots import load_snapshot
 from train import RECIPES, snapshot_steps
 from vocabulary import PYTHON_1024
 
