@@ -230,7 +230,7 @@ class Transformer(nn.Module):
         if n_ctx > self.config.n_ctx:
             raise BadInput(f"{n_ctx} tokens do not fit the model's context of {self.config.n_ctx}")
         positions = self.positions[:n_ctx].to(self.dtype)
-        resid = self.embed["W_E"][tokens]
+        resid = F.embedding(tokens, self.embed["W_E"])
         for layer, block in enumerate(self.blocks):
             resid = block(resid, positions, self.dtype, self.kernels, _touching(hook, layer))
         return _touching(hook, len(self.blocks))("resid_final", self.ln_final(resid).to(self.dtype))
