@@ -7,6 +7,7 @@ Every row is printed and appended to results/bench.jsonl with all that it takes 
 """
 
 import dataclasses
+import gc
 import json
 import sys
 import time
@@ -159,6 +160,7 @@ def bench_train(seconds):
         "train.py": (1, our_step(config, recipe, corpus, cores)),
     }
     check_gradient(config, recipe, corpus, cores)
+    gc.freeze()  # as train.py does
     for threads, step in steps.values():
         torch.set_num_threads(threads)
         losses = [step() for _ in range(30)]

@@ -145,10 +145,8 @@ class Attention(nn.Module):
         self.windows = config.windows
 
     def forward(self, x, positions, kernels, touch):
-        with_position = x + positions
-        q = touch("q", _per_head(with_position, self.W_Q))
-        k = touch("k", _per_head(with_position, self.W_K))
-        v = touch("v", _per_head(x, self.W_V))
+        q, k = _per_head(x + positions, torch.cat([self.W_Q, self.W_K])).chunk(2, dim=1)
+        q, k, v = touch("q", q), touch("k", k), touch("v", _per_head(x, self.W_V))
         if touch is _untouched:
             z = attention(q, k, v, self.alpha, self.windows, kernels)
         else:  # somebody is looking: the pattern has to exist

@@ -13,6 +13,7 @@ end, to the same losses to the last bit.
 import contextlib
 import dataclasses
 import functools
+import gc
 import math
 import signal
 import sys
@@ -172,7 +173,9 @@ def loss_and_gradient(model, parameters, inputs, targets, n_tokens, cores, ranks
         gradient = torch.autograd.grad(loss, parameters)
         return torch.cat([loss.detach()[None], *(part.flatten() for part in gradient)])
 
-    total = torch.stack(cores(of_rows, inputs, targets)).sum(dim=0)
+    total, *others = cores(of_rows, inputs, targets)
+    for other in others:
+        total += other
     ranks.sum(total)
     return total
 
@@ -253,6 +256,7 @@ def train(args, ranks):
     say(f"-> {folder}" + (f", going on from step {first_step:,}" if first_step else ""))
 
     progress = Progress(say, run.records, first_step, n_steps)
+    gc.freeze()  # what lives now lives to the end: no garbage collection needs to look at it again
     with noted_interrupts() as interrupts:
         for step in range(first_step, n_steps + 1):
             tokens = step * tokens_per_step

@@ -6,9 +6,11 @@
 Shapes: resid [row, d_model], W_U [d_model, d_vocab], targets [row] -> losses [row], float32.
 
 The plain way (`linear_cross_entropy_reference`) keeps logits, their log-softmax and its gradient:
-three arrays of row x d_vocab. Here they exist for one chunk of rows at a time, and the chunk's one
-array is turned in place from logits into exponentials (forward) and into gradients (backward).
-Small problems keep the exponentials, large ones compute them again.
+three arrays of row x d_vocab. Here the logits exist for one chunk of rows at a time, in one buffer
+that stays in the cache, and become their own gradient there, softmax minus one-hot. Its two matrix
+products, for dresid and dW_U, follow at once, in the forward pass, as if every row's loss had
+weight 1. The backward pass then only has to scale them, if all weights turn out to be the same, as
+they are in a mean or a sum; else it computes dW_U again.
 """
 
 import torch
@@ -17,8 +19,6 @@ import torch.nn.functional as F
 # logits in memory at once: large enough for full-speed matrix products, small enough to stay in a
 # CPU's cache
 CHUNK_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
-# exponentials kept for the backward pass instead of recomputed
-KEEP_BYTES = {"cpu": 256 * 2**20, "cuda": 0}
 
 
 def linear_cross_entropy(resid, W_U, targets, kernels="torch"):
@@ -38,53 +38,55 @@ def linear_cross_entropy_reference(resid, W_U, targets):
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, resid, W_U, targets):
-        chunk = max(1, CHUNK_BYTES[resid.device.type] // (4 * W_U.shape[1]))
-        keep = (
-            any(ctx.needs_input_grad)
-            and 4 * resid.shape[0] * W_U.shape[1] <= KEEP_BYTES[resid.device.type]
-        )
-        losses, kept = [], []
-        for rows, target in zip(resid.split(chunk), targets.split(chunk), strict=True):
-            loss, *exponentials = _chunk_forward(rows, W_U, target)
-            losses.append(loss)
-            if keep:
-                kept += exponentials
-        ctx.save_for_backward(resid, W_U, targets, *kept)
-        ctx.chunk = chunk
-        return torch.cat(losses)
+        wanted = any(ctx.needs_input_grad)
+        dresid, dW_U = (torch.empty_like(resid), torch.zeros_like(W_U)) if wanted else (None, None)
+        losses = []
+        for rows, exponentials, total, chosen in _chunks(resid, W_U, targets):
+            losses.append(total.log() - chosen)
+            if wanted:
+                dlogits = _gradient_of_logits(exponentials, total, targets[rows], 1.0)
+                dlogits = dlogits.to(resid.dtype)
+                torch.mm(dlogits, W_U.T, out=dresid[rows])
+                dW_U.addmm_(resid[rows].T, dlogits)
+        ctx.save_for_backward(resid, W_U, targets, dresid, dW_U)
+        return torch.cat(losses).squeeze(1)
 
     @staticmethod
     def backward(ctx, grad):
-        resid, W_U, targets, *kept = ctx.saved_tensors
-        dresid, dW_U = torch.empty_like(resid), torch.zeros_like(W_U)
-        for n, start in enumerate(range(0, len(resid), ctx.chunk)):
-            stop = start + ctx.chunk
-            rows, target, weight = (
-                resid[start:stop],
-                targets[start:stop, None],
-                grad[start:stop, None],
-            )
-            exponentials, total = (
-                kept[2 * n : 2 * n + 2] or _chunk_forward(rows, W_U, target[:, 0])[1:]
-            )
-            # dloss/dlogits = softmax - one-hot, times the weight that this row's loss has further
-            # on
-            dlogits = (
-                exponentials.mul_(weight / total).scatter_add_(1, target, -weight).to(resid.dtype)
-            )
-            dresid[start:stop] = dlogits @ W_U.T
-            dW_U.addmm_(rows.T, dlogits)
+        resid, W_U, targets, dresid, dW_U = ctx.saved_tensors
+        dresid = dresid * grad[:, None].to(dresid.dtype)
+        if grad.stride() == (0,):  # one number, expanded: what a mean or a sum sends back
+            return dresid, dW_U * grad[0].to(dW_U.dtype), None
+        dW_U = torch.zeros_like(W_U)
+        for rows, exponentials, total, _ in _chunks(resid, W_U, targets):
+            weight = grad[rows, None]
+            dlogits = _gradient_of_logits(exponentials, total, targets[rows], weight)
+            dW_U.addmm_(resid[rows].T, dlogits.to(resid.dtype))
         return dresid, dW_U, None
 
 
-def _chunk_forward(rows, W_U, target):
-    """losses [row], exp(logits - largest) [row, d_vocab] and its row sums [row, 1]."""
-    logits = _at_least_float32(rows @ W_U)
-    logits -= logits.amax(dim=1, keepdim=True)
-    chosen = logits.gather(1, target[:, None])
-    exponentials = logits.exp_()
-    total = exponentials.sum(dim=1, keepdim=True)
-    return (total.log() - chosen).squeeze(1), exponentials, total
+def _chunks(resid, W_U, targets):
+    """For each chunk of rows: its slice, exp(logits - largest) [row, d_vocab] in a buffer that the
+    next chunk overwrites, their sums [row, 1], and logit - largest of the targets [row, 1].
+    """
+    d_vocab = W_U.shape[1]
+    size = max(1, CHUNK_BYTES[resid.device.type] // (4 * d_vocab))
+    buffer = resid.new_empty(min(size, len(resid)), d_vocab)
+    for start in range(0, len(resid), size):
+        rows = slice(start, min(start + size, len(resid)))
+        logits = torch.mm(resid[rows], W_U, out=buffer[: rows.stop - start])
+        logits = _at_least_float32(logits)
+        logits -= logits.amax(dim=1, keepdim=True)
+        chosen = logits.gather(1, targets[rows, None])
+        exponentials = logits.exp_()
+        yield rows, exponentials, exponentials.sum(dim=1, keepdim=True), chosen
+
+
+def _gradient_of_logits(exponentials, total, targets, weight):
+    """weight * (softmax - one-hot), in place of the exponentials."""
+    softmax = exponentials.mul_(weight / total)
+    one_hot = torch.as_tensor(weight, dtype=total.dtype).expand_as(total)
+    return softmax.scatter_add_(1, targets[:, None], -one_hot)
 
 
 def _at_least_float32(logits):

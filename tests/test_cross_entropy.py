@@ -16,22 +16,24 @@ def inputs(n_rows, d_model, d_vocab, dtype=torch.float32):
     return resid, W_U, torch.randint(d_vocab, (n_rows,), generator=generator)
 
 
-def losses_and_gradients(kernels, resid, W_U, targets):
+def losses_and_gradients(kernels, resid, W_U, targets, each_its_weight=True):
     losses = linear_cross_entropy(resid, W_U, targets, kernels)
-    weight = torch.linspace(-1, 2, len(losses), dtype=losses.dtype)  # each row counts differently
+    weight = torch.linspace(-1, 2, len(losses), dtype=losses.dtype) if each_its_weight else 1 / 7
     return [losses.detach(), *torch.autograd.grad((losses * weight).sum(), (resid, W_U))]
 
 
 @pytest.mark.parametrize("n_rows, d_model, d_vocab", [(1, 4, 3), (7, 16, 50), (127, 32, 1023)])
 @pytest.mark.parametrize("chunk", [1, 2**16, 2**30], ids=["one row", "some rows", "all rows"])
-@pytest.mark.parametrize("keep", [0, 2**30], ids=["recomputed", "kept"])
-def test_fast_path_is_as_exact_as_the_reference(monkeypatch, n_rows, d_model, d_vocab, chunk, keep):
+@pytest.mark.parametrize("weights", [True, False], ids=["each its weight", "same weight"])
+def test_fast_path_is_as_exact_as_the_reference(
+    monkeypatch, n_rows, d_model, d_vocab, chunk, weights
+):
     monkeypatch.setitem(module.CHUNK_BYTES, "cpu", chunk)
-    monkeypatch.setitem(module.KEEP_BYTES, "cpu", keep)
     tensors = inputs(n_rows, d_model, d_vocab)
-    exact = losses_and_gradients("reference", *inputs(n_rows, d_model, d_vocab, torch.float64))
-    reference = losses_and_gradients("reference", *tensors)
-    actual = losses_and_gradients("torch", *tensors)
+    doubles = inputs(n_rows, d_model, d_vocab, torch.float64)
+    exact = losses_and_gradients("reference", *doubles, weights)
+    reference = losses_and_gradients("reference", *tensors, weights)
+    actual = losses_and_gradients("torch", *tensors, weights)
     for a, r, e in zip(actual, reference, exact, strict=True):
         e = e.double()
         budget = 2 * ((r.double() - e).abs().max() + torch.finfo(a.dtype).eps * e.abs().max())
@@ -64,3 +66,10 @@ def test_sixteen_bit_inputs_give_float32_losses_and_gradients_of_their_own_type(
     exact = linear_cross_entropy(resid.double(), W_U.double(), targets, "reference")
     reference = linear_cross_entropy(resid, W_U, targets, "reference")
     assert (losses - exact).abs().max() <= 2 * (reference - exact).abs().max()
+
+
+def test_same_weights_need_no_second_pass(monkeypatch):
+    resid, W_U, targets = inputs(7, 16, 50)
+    losses = linear_cross_entropy(resid, W_U, targets)
+    monkeypatch.setattr(module, "_chunks", None)
+    torch.autograd.grad(losses.view(7, 1).sum() / 7, (resid, W_U))
