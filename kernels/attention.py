@@ -126,7 +126,9 @@ class _TiledAttention(torch.autograd.Function):
             rows, keys = slice(start, stop), slice(stop)
             _multiply(pattern.transpose(1, 2), grad[:, rows], out=dv[:, keys], add=True)
             dpattern = torch.bmm(grad[:, rows], v[:, keys].transpose(1, 2))
-            dscores = torch._softmax_backward_data(dpattern, pattern, -1, q.dtype, grad_input=dpattern)
+            dscores = torch._softmax_backward_data(
+                dpattern, pattern, -1, q.dtype, grad_input=dpattern
+            )
             _multiply(dscores, k[:, keys], out=dq[:, rows], scale=scale)
             _multiply(dscores.transpose(1, 2), q[:, rows], dk[:, keys], scale, add=True)
         return dq.view(shape), dk.view(shape), dv.view(shape), None
