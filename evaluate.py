@@ -85,7 +85,7 @@ def measure(model, examples, cores, ranks):
     record["derivative_position"], record["loss_derivative"] = metrics.log_position_derivative(
         losses.mean(dim=0)
     )
-    record |= head_scores(model, examples)
+    record |= head_scores(model, examples, cores)
     return {
         name: value.numpy(force=True) if torch.is_tensor(value) else value
         for name, value in record.items()
@@ -104,7 +104,7 @@ def example_losses(model, examples, cores, ranks):
 
 
 @torch.no_grad()
-def head_scores(model, examples):
+def head_scores(model, examples, cores):
     """Prefix matching, copying and previous-token score of every head, each [layer, head]; the
     share of its own key that each head keeps, if keys are smeared. Patterns are scored as they
     arise, one layer at a time.
@@ -122,9 +122,16 @@ def head_scores(model, examples):
                 "match_before", metrics.prefix_matching_score(value, examples.repeated, offset=-1)
             )
 
-    def on_text(name, layer, value):
-        if name == "pattern":
-            score("previous_token", metrics.previous_token_score(value))
+    @torch.no_grad()
+    def previous_token(text):
+        layers = []
+
+        def on_text(name, layer, value):
+            if name == "pattern":
+                layers.append(metrics.previous_token_score(value))
+
+        model.residual(text, on_text)
+        return torch.stack(layers) * len(text)
 
     values = {}
 
@@ -136,11 +143,14 @@ def head_scores(model, examples):
             score("copying", metrics.copying_score(value, effect))
 
     model.residual(examples.repeated, on_repeated)
-    model.residual(examples.text, on_text)
     model.residual(examples.random, on_random)
     if model.config.smear:
         scores["own_key_share"] = [torch.sigmoid(block.attn.alpha) for block in model.blocks]
-    return {name: torch.stack(layers) for name, layers in scores.items()}
+    previous = sum(cores(previous_token, examples.text)) / len(examples.text)
+    return {
+        **{name: torch.stack(layers) for name, layers in scores.items()},
+        "previous_token": previous,
+    }
 
 
 def logit_effect(model, layer, v, tokens):
