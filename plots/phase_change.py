@@ -44,7 +44,7 @@ def draw(runs):
         derivative.set_xlabel("training tokens (millions)")
     axes[0, 0].set_ylim(losses.min() - 0.1, np.percentile(losses, 85))
     axes[2, 0].set_ylim(0, 1)
-    axes[1, 0].legend(loc="lower left")
+    axes[1, 0].legend(loc="upper right")
     row_labels = (
         "held-out loss\n(nats per token)",
         "in-context learning\nscore (nats)",
