@@ -28,17 +28,18 @@ class RunFolder:
     `identity`.
 
     identity: {"config", "recipe", "seed", "corpus"}, all that decides the losses. about: what else
-    run.json should tell. Only the first of several processes writes.
+    run.json should tell. ranks: this process among several (parallel.py); only the first writes.
     """
 
-    def __init__(self, folder, identity, about, resume=False, writes=True):
-        self.folder, self.writes = folder, writes
+    def __init__(self, folder, identity, about, resume, ranks):
+        self.folder, self.writes = folder, ranks.is_first
         self.identity = json.loads(json.dumps(identity))
         self.records = []
         self.state = self._find_state() if resume else None
         if not resume and folder.exists() and any(folder.iterdir()):
             raise BadInput(f"{folder} exists: --resume goes on with it, --out DIR writes elsewhere")
-        if writes:
+        ranks.wait()  # until all have looked: what the first now writes would look like a run to them
+        if self.writes:
             self.snapshots.mkdir(parents=True, exist_ok=True)
             if self.state is None:
                 write_json(folder / "run.json", identity | about)

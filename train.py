@@ -250,7 +250,7 @@ def train(args, ranks):
         "machine": describe_machine(args.device, cores, ranks.world, dtype, args.kernels),
     }
     folder = args.out or Path("runs") / default_name(args)
-    run = RunFolder(folder, identity, about, args.resume, ranks.is_first)
+    run = RunFolder(folder, identity, about, args.resume, ranks)
     first_step = run.restore(model, optimizer, clock)
     say(header(args, model, corpus, recipe, n_steps, len(schedule), about["machine"]))
     say(f"-> {folder}" + (f", going on from step {first_step:,}" if first_step else ""))

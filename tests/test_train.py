@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import torch
 
 import train
 from corpora import open_corpus
-from records import read_records
+from records import RunFolder, read_records
 from snapshots import load_snapshot
 from train import RECIPES, snapshot_steps
 from vocabulary import PYTHON_1024
@@ -191,6 +192,19 @@ def test_two_processes_train_as_one(workplace, text_file):
     one, two = (read_records(workplace / name / "measurements.npz") for name in ("one", "two"))
     assert len(one) == len(two)
     assert two[-1]["per_token_loss"] == pytest.approx(one[-1]["per_token_loss"], abs=1e-3)
+
+
+def test_no_process_writes_into_the_folder_before_all_have_looked_at_it(tmp_path):
+    """Else a slower process would take what the first one just wrote for somebody else's run."""
+    waited = []
+
+    def slower_process_arrives():
+        waited.append((tmp_path / "run").exists())
+        RunFolder(tmp_path / "run", {}, {}, False, SimpleNamespace(is_first=False, wait=list))
+
+    first = SimpleNamespace(is_first=True, wait=slower_process_arrives)
+    RunFolder(tmp_path / "run", {}, {}, False, first)
+    assert waited == [False] and (tmp_path / "run").exists()
 
 
 # interruption
