@@ -38,7 +38,7 @@ class RunFolder:
         self.state = self._find_state() if resume else None
         if not resume and folder.exists() and any(folder.iterdir()):
             raise BadInput(f"{folder} exists: --resume goes on with it, --out DIR writes elsewhere")
-        ranks.wait()  # until all have looked: what the first now writes would look like a run to them
+        ranks.wait()  # until all have looked: what the first writes would look like a run to them
         if self.writes:
             self.snapshots.mkdir(parents=True, exist_ok=True)
             if self.state is None:
