@@ -38,7 +38,7 @@ def _mean_and_error(values):
     return values.mean().item(), (values.std() / len(values) ** 0.5).item()
 
 
-def log_position_bins(values, n_bins=32, first=4):
+def log_position_bins(values, n_bins, first=4):
     """Means over bins of equal width in ln(position), from position `first` on.
 
     values [..., pos] -> (the bins' mean ln(position) [bin], means [..., bin]). There are fewer than
@@ -57,13 +57,13 @@ def log_position_bins(values, n_bins=32, first=4):
     return centres, torch.stack([values[..., piece].mean(dim=-1) for piece in bins], dim=-1)
 
 
-def log_position_derivative(loss_by_position):
+def log_position_derivative(loss_by_position, n_bins=12):
     """d loss / d ln(position): what one e-fold more context is worth ("loss derivatives"), nats.
 
     loss_by_position [..., pos] -> (position at the bins' centres [bin], derivative [..., bin]).
     Differentiated after binning (`log_position_bins`), because single positions are noise.
     """
-    centres, binned = log_position_bins(loss_by_position)
+    centres, binned = log_position_bins(loss_by_position, n_bins)
     return centres.exp(), torch.gradient(binned, spacing=(centres,), dim=-1)[0]
 
 

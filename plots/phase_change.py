@@ -44,7 +44,9 @@ def draw(runs):
         derivative.set_xlabel("training tokens (millions)")
     axes[0, 0].set_ylim(losses.min() - 0.1, np.percentile(losses, 85))
     axes[2, 0].set_ylim(0, 1)
-    axes[1, 0].legend(loc="upper right")
+    low, high = axes[1, 0].get_ylim()
+    axes[1, 0].set_ylim(low, high + 0.35 * (high - low))  # room for the legend
+    axes[1, 0].legend(loc="upper left")
     row_labels = (
         "held-out loss\n(nats per token)",
         "in-context learning\nscore (nats)",
@@ -72,20 +74,23 @@ def draw_loss(ax, run, one_layer):
 
 
 def draw_score(ax, run):
-    """The paper's two positions as dots, and the same difference between two bands, far less noisy,
-    as a line.
+    """The difference between two bands of positions with its standard error, over training; as
+    points the paper's two positions, which take more examples: where those were measured.
     """
     ax.axhline(0, color="0.85", lw=0.8, zorder=0)
-    ax.plot(
-        run.millions,
-        run.measurements["icl_score"],
-        ".",
-        ms=3,
-        color=style.QUIET,
-        label="token 500 minus token 50",
+    score, error = (run.measurements[f"icl_band_score{suffix}"] for suffix in ("", "_error"))
+    ax.fill_between(run.millions, score - error, score + error, color=run.colour, alpha=0.2, lw=0)
+    ax.plot(run.millions, score, color=run.colour, label="tokens 480-511 minus 40-60")
+    shown, change = run.summary, run.summary["phase_change"]
+    points = [(run.millions[-1], shown["icl_score"], shown["icl_score_error"])]
+    for name, when in (("before", "start"), ("after", "end")) if change else ():
+        score, error = shown[f"icl_{name}"], shown[f"icl_{name}_error"]
+        points.append((change[f"{when}_tokens"] / 1e6, score, error))
+    millions, scores, errors = zip(*points, strict=True)
+    label = f"token 500 minus token 50, {shown['examples']:,} examples"
+    ax.errorbar(
+        millions, scores, errors, fmt="o", ms=4, lw=1, color="black", clip_on=False, label=label
     )
-    band = "tokens 480-511 minus 40-60"
-    ax.plot(run.millions, run.measurements["icl_band_score"], color=run.colour, label=band)
 
 
 def draw_heads(ax, run):

@@ -22,8 +22,8 @@ def make_run(folder, n_layers, smear=False, change=None):
         "step": np.arange(n),
         "tokens": np.arange(n) * 100_000,
         "loss": np.linspace(7, 3, n),
-        "icl_score": rng.normal(-0.1, 0.1, n),
         "icl_band_score": rng.normal(-0.1, 0.02, n),
+        "icl_band_score_error": np.full(n, 0.02),
         "prefix_matching": rng.uniform(0, 1, (n, n_layers, 2)),
         "derivative_position": np.tile(np.geomspace(4, 512, 20), (n, 1)),
         "loss_derivative": rng.normal(-0.1, 0.05, (n, 20)),
@@ -31,7 +31,17 @@ def make_run(folder, n_layers, smear=False, change=None):
     np.savez(folder / "measurements.npz", **arrays)
     config = {"n_layers": n_layers, "d_mlp": 0, "smear": smear}
     (folder / "run.json").write_text(json.dumps({"config": config, "seed": 3}))
-    summary = {"phase_change": change, "best_prefix_matching": {"head": "0:1", "score": 0.5}}
+    summary = {
+        "phase_change": change,
+        "best_prefix_matching": {"head": "0:1", "score": 0.5},
+        "examples": 1024,
+        **dict.fromkeys(("icl_before", "icl_before_error", "icl_after", "icl_after_error")),
+        "icl_score": -0.3,
+        "icl_score_error": 0.1,
+    }
+    if change:
+        summary |= {"icl_before": 0.1, "icl_before_error": 0.2}
+        summary |= {"icl_after": -0.2, "icl_after_error": 0.3}
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
@@ -52,7 +62,12 @@ def test_every_panel_shows_its_records(runs):
     assert any(
         np.array_equal(y, one["loss"]) for y in lines[0]
     )  # the one-layer curve for comparison
-    assert any(np.array_equal(y, two["icl_score"]) for y in lines[1])
+    assert any(np.array_equal(y, [-0.3, 0.1, -0.2]) for y in lines[1])  # at the end, before, after
+    (band, bars) = panels[1, 1].collections
+    reach = np.array([bar[:, 1] for bar in bars.get_segments()])
+    assert reach == pytest.approx(np.array([(-0.4, -0.2), (-0.1, 0.3), (-0.5, 0.1)]))
+    edges = two["icl_band_score"] + two["icl_band_score_error"]
+    assert np.isin(edges.round(6), band.get_paths()[0].vertices[:, 1].round(6)).all()
     assert any(np.array_equal(y, two["icl_band_score"]) for y in lines[1])
     for layer, head in np.ndindex(2, 2):
         assert any(np.array_equal(y, two["prefix_matching"][:, layer, head]) for y in lines[2])
