@@ -41,10 +41,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wanted = any(ctx.needs_input_grad)
         dresid, dW_U = (torch.empty_like(resid), torch.zeros_like(W_U)) if wanted else (None, None)
         losses = []
-        for rows, exponentials, total, chosen in _chunks(resid, W_U, targets):
-            losses.append(total.log() - chosen)
+        for rows, of_rows, dlogits in _chunks(resid, W_U, targets):
+            losses.append(of_rows)
             if wanted:
-                dlogits = _gradient_of_logits(exponentials, total, targets[rows], 1.0)
                 dlogits = dlogits.to(resid.dtype)
                 torch.mm(dlogits, W_U.T, out=dresid[rows])
                 dW_U.addmm_(resid[rows].T, dlogits)
@@ -58,35 +57,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad.stride() == (0,):  # one number, expanded: what a mean or a sum sends back
             return dresid, dW_U * grad[0].to(dW_U.dtype), None
         dW_U = torch.zeros_like(W_U)
-        for rows, exponentials, total, _ in _chunks(resid, W_U, targets):
-            weight = grad[rows, None]
-            dlogits = _gradient_of_logits(exponentials, total, targets[rows], weight)
+        for rows, _, dlogits in _chunks(resid, W_U, targets):
+            dlogits *= grad[rows, None]
             dW_U.addmm_(resid[rows].T, dlogits.to(resid.dtype))
         return dresid, dW_U, None
 
 
 def _chunks(resid, W_U, targets):
-    """For each chunk of rows: its slice, exp(logits - largest) [row, d_vocab] in a buffer that the
-    next chunk overwrites, their sums [row, 1], and logit - largest of the targets [row, 1].
+    """For each chunk of rows: its slice, its losses [row, 1] and their gradient by the logits
+    [row, d_vocab], in a buffer that the next chunk overwrites.
     """
     d_vocab = W_U.shape[1]
     size = max(1, CHUNK_BYTES[resid.device.type] // (4 * d_vocab))
     buffer = resid.new_empty(min(size, len(resid)), d_vocab)
     for start in range(0, len(resid), size):
         rows = slice(start, min(start + size, len(resid)))
+        chosen = targets[rows, None]
         logits = torch.mm(resid[rows], W_U, out=buffer[: rows.stop - start])
         logits = _at_least_float32(logits)
-        logits -= logits.amax(dim=1, keepdim=True)
-        chosen = logits.gather(1, targets[rows, None])
-        exponentials = logits.exp_()
-        yield rows, exponentials, exponentials.sum(dim=1, keepdim=True), chosen
-
-
-def _gradient_of_logits(exponentials, total, targets, weight):
-    """weight * (softmax - one-hot), in place of the exponentials."""
-    softmax = exponentials.mul_(weight / total)
-    one_hot = torch.as_tensor(weight, dtype=total.dtype).expand_as(total)
-    return softmax.scatter_add_(1, targets[:, None], -one_hot)
+        behind = logits.amax(dim=1, keepdim=True) - logits.gather(1, chosen)
+        softmax = torch.softmax(logits, dim=1, out=logits)
+        # the target's own probability may be 0 in float32, the largest one never is
+        losses = behind - softmax.amax(dim=1, keepdim=True).log()
+        yield rows, losses, softmax.scatter_add_(1, chosen, -torch.ones_like(losses))
 
 
 def _at_least_float32(logits):
