@@ -44,7 +44,8 @@ def attention(q, k, v, alpha=None, windows=None, kernels="torch"):
     batch, n_heads, n_ctx, _ = q.shape
     pattern_bytes = batch * n_heads * n_ctx * (n_ctx + TILE) // 2 * q.element_size()
     if q.device.type == "cpu" and pattern_bytes <= KEEP_PATTERN_BYTES:
-        return _TiledAttention.apply(q, k, v, windows)
+        wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        return _TiledAttention.apply(q, k, v, windows, wanted)
     if windows is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     return F.scaled_dot_product_attention(
@@ -101,7 +102,7 @@ class _TiledAttention(torch.autograd.Function):
     """Causal attention in tiles of rows, the pattern kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx, q, k, v, windows):
+    def forward(ctx, q, k, v, windows, wanted):
         shape, scale = q.shape, q.shape[3] ** -0.5
         q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))  # [batch * head, pos, d_head]
         z = torch.empty_like(v)
@@ -112,7 +113,7 @@ class _TiledAttention(torch.autograd.Function):
             _mask(scores, start, stop, windows)
             pattern = torch.softmax(scores, dim=-1, out=scores)
             _multiply(pattern, v[:, :stop], out=z[:, start:stop])
-            if any(ctx.needs_input_grad):
+            if wanted:
                 patterns.append(pattern)
         ctx.save_for_backward(q, k, v, *patterns)
         return z.view(shape)
@@ -131,7 +132,7 @@ class _TiledAttention(torch.autograd.Function):
             )
             _multiply(dscores, k[:, keys], out=dq[:, rows], scale=scale)
             _multiply(dscores.transpose(1, 2), q[:, rows], dk[:, keys], scale, add=True)
-        return dq.view(shape), dk.view(shape), dv.view(shape), None
+        return dq.view(shape), dk.view(shape), dv.view(shape), None, None
 
 
 def _tiles(n_ctx):

@@ -27,7 +27,8 @@ def linear_cross_entropy(resid, W_U, targets, kernels="torch"):
     """
     if kernels == "reference":
         return linear_cross_entropy_reference(resid, W_U, targets)
-    return _LinearCrossEntropy.apply(resid, W_U, targets)
+    wanted = torch.is_grad_enabled() and (resid.requires_grad or W_U.requires_grad)
+    return _LinearCrossEntropy.apply(resid, W_U, targets, wanted)
 
 
 def linear_cross_entropy_reference(resid, W_U, targets):
@@ -37,8 +38,7 @@ def linear_cross_entropy_reference(resid, W_U, targets):
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, resid, W_U, targets):
-        wanted = any(ctx.needs_input_grad)
+    def forward(ctx, resid, W_U, targets, wanted):
         dresid, dW_U = (torch.empty_like(resid), torch.zeros_like(W_U)) if wanted else (None, None)
         losses = []
         for rows, of_rows, dlogits in _chunks(resid, W_U, targets):
@@ -55,12 +55,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         resid, W_U, targets, dresid, dW_U = ctx.saved_tensors
         dresid = dresid * grad[:, None].to(dresid.dtype)
         if grad.stride() == (0,):  # one number, expanded: what a mean or a sum sends back
-            return dresid, dW_U * grad[0].to(dW_U.dtype), None
+            return dresid, dW_U * grad[0].to(dW_U.dtype), None, None
         dW_U = torch.zeros_like(W_U)
         for rows, _, dlogits in _chunks(resid, W_U, targets):
             dlogits *= grad[rows, None]
             dW_U.addmm_(resid[rows].T, dlogits.to(resid.dtype))
-        return dresid, dW_U, None
+        return dresid, dW_U, None, None
 
 
 def _chunks(resid, W_U, targets):

@@ -73,3 +73,11 @@ def test_same_weights_need_no_second_pass(monkeypatch):
     losses = linear_cross_entropy(resid, W_U, targets)
     monkeypatch.setattr(module, "_chunks", None)
     torch.autograd.grad(losses.view(7, 1).sum() / 7, (resid, W_U))
+
+
+def test_without_gradients_there_is_no_gradient_to_compute(monkeypatch):
+    """A measurement does a third of the work of a training step."""
+    resid, W_U, targets = inputs(7, 16, 50)
+    monkeypatch.setattr(torch.Tensor, "addmm_", None)
+    with torch.no_grad():
+        linear_cross_entropy(resid, W_U, targets)
