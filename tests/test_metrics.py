@@ -255,6 +255,15 @@ def test_a_slow_decline_is_no_phase_change():
         assert metrics.phase_change(-0.1 * tokens / 8e6 + noise, tokens) is None
 
 
+def test_a_descent_that_undoes_an_earlier_rise_is_no_phase_change():
+    """Early in training later tokens are worse off for a while; that this ends teaches nothing."""
+    tokens = np.linspace(0, 8e6, 101)
+    hump = 0.3 * np.exp(-(((tokens - 1e6) / 3e5) ** 2))
+    assert metrics.phase_change(hump, tokens) is None
+    change = logistic_drop(tokens, 5e6, 3e5)
+    assert metrics.phase_change(change + hump, tokens) == metrics.phase_change(change, tokens)
+
+
 def test_a_drop_in_the_first_steps_is_no_phase_change():
     tokens = np.linspace(0, 8e6, 101)
     assert metrics.phase_change(-0.3 * (tokens > 1e5), tokens) is None

@@ -25,7 +25,7 @@ from train import RECIPES, snapshot_steps
 from vocabulary import PYTHON_1024
 
 ROOT = Path(__file__).parent.parent
-TINY = {"n_snapshots": 10, "n_examples": 4, "n_final_examples": 8}
+TINY = {"n_rows": 4, "n_snapshots": 10, "n_examples": 4, "n_final_examples": 8}
 STEP = 4 * 512  # tokens
 
 
