@@ -37,7 +37,7 @@ class Examples:
     inputs: torch.Tensor  # [example, 512]
     targets: torch.Tensor  # [example, 512]
     token_index: torch.Tensor  # [example]: each one's single place in the per-token loss vector
-    text: torch.Tensor  # [10, 512]: inputs as above, for the previous-token score
+    text: torch.Tensor  # [4, 512]: inputs as above, for the previous-token score
     repeated: torch.Tensor  # [10, 101]: start token, then 25 random tokens four times
     random: torch.Tensor  # [10, 25]: 25 random tokens, no start token (the paper's footnote 31)
 
@@ -53,7 +53,7 @@ def draw_examples(corpus, n_examples):
     if n_examples < 2:
         raise BadInput(f"{n_examples} examples: at least 2 are needed for a standard error")
     inputs, targets = evaluation_rows(corpus, N_CTX, n_examples)
-    text, _ = evaluation_rows(corpus, N_CTX, min(10, corpus.rows("val", N_CTX)))
+    text, _ = evaluation_rows(corpus, N_CTX, min(4, corpus.rows("val", N_CTX)))
     token_index = np.random.default_rng(EVALUATION_SEED).integers(N_CTX, size=n_examples)
     return Examples(
         inputs,
