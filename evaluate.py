@@ -27,7 +27,7 @@ from snapshots import load_snapshot
 
 HEAD_SCORES = ("prefix_matching", "copying", "previous_token")
 N_CTX = 512  # of every evaluation, whatever the model's own context, as in the paper
-ROWS_AT_ONCE = {"cpu": 8, "cuda": 64}  # for each core
+ROWS_AT_ONCE = {"cpu": 4, "cuda": 64}  # for each core
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +94,14 @@ def measure(model, examples, cores, ranks):
 
 def example_losses(model, examples, cores, ranks):
     """Loss of every token of every example, [example, 512], float32 on the CPU."""
-    at_once = ROWS_AT_ONCE[examples.inputs.device.type] * cores.count
-    inputs, targets = ranks.share(examples.inputs), ranks.share(examples.targets)
-    without_gradient = torch.no_grad()(model.losses)  # gradients are switched off for each thread
-    parts = []
-    for rows in zip(inputs.split(at_once), targets.split(at_once), strict=True):
-        parts += cores(without_gradient, *rows)
+    at_once = ROWS_AT_ONCE[examples.inputs.device.type]
+
+    @torch.no_grad()  # gradients are switched off for each thread
+    def of_rows(inputs, targets):
+        parts = zip(inputs.split(at_once), targets.split(at_once), strict=True)
+        return torch.cat([model.losses(*rows) for rows in parts])
+
+    parts = cores(of_rows, ranks.share(examples.inputs), ranks.share(examples.targets))
     return ranks.gather(torch.cat(parts).float().cpu())
 
 

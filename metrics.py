@@ -146,12 +146,13 @@ def phase_change(scores, tokens, smallest=0.1):
     or None.
 
     scores: in-context learning score of each snapshot; tokens: trained on by then. The score is
-    smoothed over five snapshots; the change is the stretch around its steepest descent where it
-    falls at least a quarter as fast, leaving out the first 2 % of training. It must end at least
-    `smallest` nats below all that was before: a descent that only undoes an earlier rise does not
-    count, and the next one is looked at, if it is at least half as steep. None if there is no such
-    stretch, or if there are fewer than 20 snapshots to tell by. (The paper selects its interval
-    "based on the derivative of the in-context learning score" and says no more.)
+    smoothed over five snapshots. A descent is a stretch around a locally steepest point where the
+    score falls at least a quarter as fast as there; the change is the descent that ends furthest
+    below all that was before, among those at least a quarter as steep as the steepest, leaving out
+    the first 2 % of training. So what only undoes an earlier rise does not count. None if it ends
+    less than `smallest` nats below, or if there are fewer than 20 snapshots to tell by. (The paper
+    selects its interval "based on the derivative of the in-context learning score" and says no
+    more.)
     """
     scores = torch.as_tensor(scores, dtype=torch.float64)
     tokens = torch.as_tensor(tokens, dtype=torch.float64)
@@ -161,8 +162,9 @@ def phase_change(scores, tokens, smallest=0.1):
         return None
     smooth = _smooth(scores)
     slope = torch.gradient(smooth, spacing=(tokens,))[0]
-    least = slope.min() / 2
-    while slope.min() < 0 and slope.min() <= least:
+    least_steep = 0.25 * slope.min()
+    descents = []
+    while slope.min() < 0 and slope.min() <= least_steep:
         steepest = int(slope.argmin())
         fast = slope < 0.25 * slope[steepest]
         first = last = steepest
@@ -170,10 +172,11 @@ def phase_change(scores, tokens, smallest=0.1):
             first -= 1
         while last < len(fast) - 1 and fast[last + 1]:
             last += 1
-        if smooth[: first + 1].min() - smooth[last] >= smallest:
-            return skipped + first, skipped + last
+        fall = float(smooth[: first + 1].min() - smooth[last])
+        descents.append((fall, skipped + first, skipped + last))
         slope[first : last + 1] = 0
-    return None
+    fall, first, last = max(descents, default=(0.0, None, None))
+    return (first, last) if fall >= smallest else None
 
 
 def half_way(values):

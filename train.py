@@ -53,7 +53,7 @@ class Recipe:
 RECIPES = {
     "mini": Recipe(
         n_rows=16, n_tokens=8_000_000, learning_rate=3e-3, warmup_tokens=100_000,
-        weight_decay=0.01, betas=(0.9, 0.98), n_snapshots=100, n_examples=32, n_final_examples=1024,
+        weight_decay=0.01, betas=(0.9, 0.98), n_snapshots=90, n_examples=48, n_final_examples=800,
     ),
     "small": Recipe(
         n_rows=128, n_tokens=500_000_000, learning_rate=1e-3, warmup_tokens=20_000_000,
