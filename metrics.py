@@ -147,13 +147,12 @@ def phase_change(scores, tokens, smallest=0.1):
     or None.
 
     scores: in-context learning score of each snapshot; tokens: trained on by then. The score is
-    smoothed over five snapshots. A descent is a stretch around a locally steepest point where the
-    score falls at least a quarter as fast as there; the change is the descent that ends furthest
-    below all that was before, among those at least a quarter as steep as the steepest, leaving out
-    the first 2 % of training. So what only undoes an earlier rise does not count. None if it ends
-    less than `smallest` nats below, or if there are fewer than 20 snapshots to tell by. (The paper
-    selects its interval "based on the derivative of the in-context learning score" and says no
-    more.)
+    smoothed over five snapshots, the first 2 % of training left out. A stretch gains how far it
+    ends below all that was before it (so that a fall that only undoes an earlier rise gains
+    nothing), and costs what the score would have fallen meanwhile at twice its mean rate over all
+    of training; the change is the stretch with the most gain over cost. None if it gains less than
+    `smallest` nats, or if there are fewer than 20 snapshots to tell by. (The paper selects its
+    interval "based on the derivative of the in-context learning score" and says no more.)
     """
     scores = torch.as_tensor(scores, dtype=torch.float64)
     tokens = torch.as_tensor(tokens, dtype=torch.float64)
@@ -162,22 +161,13 @@ def phase_change(scores, tokens, smallest=0.1):
     if len(scores) < 20:
         return None
     smooth = _smooth(scores)
-    slope = torch.gradient(smooth, spacing=(tokens,))[0]
-    least_steep = 0.25 * slope.min()
-    descents = []
-    while slope.min() < 0 and slope.min() <= least_steep:
-        steepest = int(slope.argmin())
-        fast = slope < 0.25 * slope[steepest]
-        first = last = steepest
-        while first > 0 and fast[first - 1]:
-            first -= 1
-        while last < len(fast) - 1 and fast[last + 1]:
-            last += 1
-        fall = float(smooth[: first + 1].min() - smooth[last])
-        descents.append((fall, skipped + first, skipped + last))
-        slope[first : last + 1] = 0
-    fall, first, last = max(descents, default=(0.0, None, None))
-    return (first, last) if fall >= smallest else None
+    lowest_before = smooth.cummin(dim=0).values
+    gain = lowest_before[:, None] - smooth  # [first, last]
+    mean_rate = gain[0].max() / (tokens[-1] - tokens[0])
+    cost = 2 * mean_rate * (tokens - tokens[:, None])
+    excess = (gain - cost).masked_fill(tokens <= tokens[:, None], -math.inf)
+    first, last = divmod(int(excess.argmax()), len(tokens))
+    return (skipped + first, skipped + last) if gain[first, last] >= smallest else None
 
 
 def half_way(values):
