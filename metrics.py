@@ -160,9 +160,9 @@ def phase_change(scores, tokens, smallest=0.1):
     scores, tokens = scores[skipped:], tokens[skipped:]
     if len(scores) < 20:
         return None
-    smooth = _smooth(scores)
-    lowest_before = smooth.cummin(dim=0).values
-    gain = lowest_before[:, None] - smooth  # [first, last]
+    scores = _smooth(scores)
+    lowest_before = scores.cummin(dim=0).values
+    gain = lowest_before[:, None] - scores  # [first, last]
     mean_rate = gain[0].max() / (tokens[-1] - tokens[0])
     cost = 2 * mean_rate * (tokens - tokens[:, None])
     excess = (gain - cost).masked_fill(tokens <= tokens[:, None], -math.inf)
@@ -171,10 +171,10 @@ def phase_change(scores, tokens, smallest=0.1):
 
 
 def half_way(values):
-    """Index of the first snapshot at which `values` has made half its way from its first value to
-    its last.
+    """Index of the first snapshot at which `values`, smoothed over five snapshots, has made half
+    its way from its first value to its last.
     """
-    values = torch.as_tensor(values, dtype=torch.float64)
+    values = _smooth(torch.as_tensor(values, dtype=torch.float64))
     progress = (values - values[0]) / (values[-1] - values[0])
     return int((progress >= 0.5).nonzero()[0])
 
