@@ -44,9 +44,7 @@ class Recipe:
     betas: tuple[float, float]
     n_snapshots: int
     n_examples: int  # that every snapshot is measured on
-    n_final_examples: (
-        int  # of the last snapshot, and of those where the phase change starts and ends
-    )
+    n_final_examples: int  # the last one, and those where the phase change starts and ends
     weight_decay_later: tuple[int, float] | None = None  # (step, weight decay from there on)
 
 
