@@ -130,14 +130,13 @@ def copying_score(pattern, logit_effect):
 
 
 # a head's class is read off its scores at these thresholds; the paper names none, and in its
-# scatter plots heads are near 0 or above 0.5 in prefix matching. Copying -0.5 is a seventh of the
-# raise for the attended token, one of 25: more than three times its share.
-INDUCTION_PREFIX_MATCHING, INDUCTION_COPYING, PREVIOUS_TOKEN = 0.4, -0.5, 0.4
+# scatter plots heads are near 0 or above 0.5
+INDUCTION_PREFIX_MATCHING, PREVIOUS_TOKEN = 0.4, 0.4
 
 
 def head_class(prefix_matching, copying, previous_token):
     """What its scores make a head: "induction" (matches, copies), "previous token" or "other"."""
-    if prefix_matching >= INDUCTION_PREFIX_MATCHING and copying >= INDUCTION_COPYING:
+    if prefix_matching >= INDUCTION_PREFIX_MATCHING and copying > 0:
         return "induction"
     return "previous token" if previous_token >= PREVIOUS_TOKEN else "other"
 
