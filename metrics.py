@@ -146,27 +146,28 @@ def phase_change(scores, tokens, smallest=0.1):
     or None.
 
     scores: in-context learning score of each snapshot; tokens: trained on by then. The score is
-    smoothed over five snapshots, the first 2 % of training left out. A stretch gains how far it
-    ends below all that was before it (so that a fall that only undoes an earlier rise gains
-    nothing), and costs what the score would have fallen meanwhile at twice its mean rate over all
-    of training; the change is the stretch with the most gain over cost. None if it gains less than
-    `smallest` nats, or if there are fewer than 20 snapshots to tell by. (The paper selects its
-    interval "based on the derivative of the in-context learning score" and says no more.)
+    smoothed over five snapshots, the first 2 % of training left out. The change is the stretch
+    around its steepest descent to new lows (a fall that only undoes a rise teaches nothing) where
+    it falls at least a quarter as fast. None if it ends less than `smallest` nats below all that
+    was before, or if there are fewer than 20 snapshots to tell by. (The paper selects its interval
+    "based on the derivative of the in-context learning score" and says no more.)
     """
     scores = torch.as_tensor(scores, dtype=torch.float64)
     tokens = torch.as_tensor(tokens, dtype=torch.float64)
     skipped = int((tokens < 0.02 * tokens[-1]).sum())
-    scores, tokens = scores[skipped:], tokens[skipped:]
+    scores, tokens = _smooth(scores[skipped:]), tokens[skipped:]
     if len(scores) < 20:
         return None
-    scores = _smooth(scores)
-    lowest_before = scores.cummin(dim=0).values
-    gain = lowest_before[:, None] - scores  # [first, last]
-    mean_rate = gain[0].max() / (tokens[-1] - tokens[0])
-    cost = 2 * mean_rate * (tokens - tokens[:, None])
-    excess = (gain - cost).masked_fill(tokens <= tokens[:, None], -math.inf)
-    first, last = divmod(int(excess.argmax()), len(tokens))
-    return (skipped + first, skipped + last) if gain[first, last] >= smallest else None
+    (slope,) = torch.gradient(scores, spacing=(tokens,))
+    lower_than_ever = scores <= scores.cummin(dim=0).values
+    first = last = int(torch.where(lower_than_ever, slope, math.inf).argmin())
+    fast = slope < slope[first] / 4
+    while first > 0 and fast[first - 1]:
+        first -= 1
+    while last < len(fast) - 1 and fast[last + 1]:
+        last += 1
+    gain = scores[: first + 1].min() - scores[last]
+    return (skipped + first, skipped + last) if gain >= smallest else None
 
 
 def half_way(values):

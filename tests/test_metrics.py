@@ -236,8 +236,8 @@ def logistic_drop(tokens, centre, width, before=-0.1, after=-0.5):
 def test_phase_change_is_found_where_the_score_drops():
     tokens = np.linspace(0, 8e6, 101)
     first, last = metrics.phase_change(logistic_drop(tokens, 4e6, 2e5), tokens)
-    # the logistic falls faster than twice its mean rate within 2.86 widths of the centre
-    assert abs(first - 42.9) <= 2 and abs(last - 57.1) <= 2
+    # the logistic falls at a quarter of its fastest 2.63 widths from the centre
+    assert abs(first - 43.4) <= 2 and abs(last - 56.6) <= 2
 
 
 def test_phase_change_survives_noise():
