@@ -18,6 +18,8 @@ ALLOWED = {
     "snapshots": {"safety", "model"},
     "records": {"safety", "snapshots"},
     "evaluate": {"safety", "parallel", "metrics", "data", "corpora", "snapshots", "records"},
+    "circuits": {"safety", "parallel", "metrics", "model", "snapshots", "records", "evaluate"},
+    "tasks": {"safety", "parallel", "vocabulary", "model", "snapshots", "records", "evaluate"},
     "progress": {"model", "evaluate"},
     "train": {
         "progress",

@@ -1,0 +1,427 @@
+"""The mechanism, read off the weights: what each head copies, what it looks for, and which earlier
+heads it is built on ("Argument 5"; "A Mathematical Framework for Transformer Circuits").
+
+    python circuits.py runs/NAME/snapshots/X.pt   one snapshot: eigenvalues and composition
+    python circuits.py runs/NAME                  all of a run: do eigenvalues and scores agree?
+
+A head multiplies the residual stream by two matrices of rank d_head: QK = W_Q @ W_K.T says what it
+looks for, OV = W_V @ W_O what it does with what it finds. Between tokens they are d_vocab x
+d_vocab. Their nonzero eigenvalues are needed, and never the matrices: those of A @ B.T [d_vocab,
+d_vocab] are those of B.T @ A [d_head, d_head]. Positive eigenvalues of OV: a token raises its own
+logit. Positive eigenvalues of QK through previous-token heads: a token is drawn to keys that were
+preceded by itself.
+
+What the stream holds about a token when a layer reads it is taken along two sets of paths. *Direct*
+is the paper's: the embedding, and for the previous token what the previous-token heads make of the
+embedding. *All* adds the heads that look at their own token, which in a small model may say most of
+what a token is. Every path counts by the attention that a text shows: own-token and previous-token
+attention, averaged. Paths through MLPs are left out.
+
+What LayerNorm does: its centring and gain are folded into the matrix that reads. Its divisor is
+the token's own in the first layer, which is exact, and the mean over a text in later ones. Its bias
+and the positions, which only reach W_Q and W_K, add to QK something that does not depend on the key
+or not on the query, and to OV something that does not depend on the token attended to. They drop
+out exactly: for W less its mean over the keys (or logits) has the eigenvalues of W less both means.
+"""
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import metrics
+from evaluate import (
+    corpus_of,
+    draw_examples,
+    head_scores,
+    load_fitting,
+    pick_device,
+)
+from model import layer_norm_divisor
+from parallel import Cores, Ranks
+from records import write_json
+from safety import ArgumentParser, BadInput, one_line_errors
+from snapshots import load_snapshot
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What the weights do not tell: how the heads attend in a text, and how far the stream spreads
+    there.
+    """
+
+    own_token: torch.Tensor  # [layer, head]: mean attention to the present token
+    previous_token: torch.Tensor  # [layer, head]: mean attention to the one before
+    spread: torch.Tensor  # [layer + 1]: mean divisor of each layer's first, and the last, LayerNorm
+
+    def without_own_token(self):
+        return dataclasses.replace(self, own_token=torch.zeros_like(self.own_token))
+
+
+@torch.no_grad()
+def read_text(model, text):
+    """The model's `Reading` of text [batch, pos]; the start token does not count as a query."""
+    own, previous, spread = [], [], []
+
+    def hook(name, layer, value):
+        if name == "pattern":
+            own.append(metrics.own_token_score(value))
+            previous.append(metrics.previous_token_score(value))
+        if name == "resid_pre" or (name, layer) == ("resid_post", model.config.n_layers - 1):
+            spread.append(layer_norm_divisor(value).mean())
+
+    model.residual(text, hook)
+    return Reading(torch.stack(own), torch.stack(previous), torch.stack(spread))
+
+
+def _normalised(layer_norm, part, spread):
+    """What LayerNorm makes of a part of the stream, without the bias: linear, once the divisor is
+    known.
+    """
+    return (part - part.mean(dim=-1, keepdim=True)) / spread * layer_norm.w
+
+
+# --- between tokens: eigenvalues
+
+
+def token_streams(model, reading):
+    """For each layer: what it reads, after its LayerNorm, about the token where it reads and about
+    the one before: (own, previous), [d_vocab, d_model] each, a row a token.
+    """
+    own = model.embed["W_E"]
+    previous = torch.zeros_like(own)
+    for layer, block in enumerate(model.blocks):
+        spread = reading.spread[layer] if layer else layer_norm_divisor(own)
+        own_read, previous_read = (_normalised(block.ln1, x, spread) for x in (own, previous))
+        yield own_read, previous_read
+        attn = block.attn
+        for head, (on_own, on_previous) in enumerate(
+            zip(reading.own_token[layer], reading.previous_token[layer], strict=True)
+        ):
+            moved_own, moved_previous = (
+                x @ attn.W_V[head] @ attn.W_O[head] for x in (own_read, previous_read)
+            )
+            own = own + on_own * moved_own
+            previous = previous + on_own * moved_previous + on_previous * moved_own
+
+
+def eigenvalues(A, B):
+    """The eigenvalues that may differ from 0 of A @ B.T, for A and B [n, d_head] -> [d_head]."""
+    return torch.linalg.eigvals((B.T @ A).double())
+
+
+def positivity(A, B):
+    """(sum of eigenvalues / sum of their moduli, mean over tokens of the diagonal) of A @ B.T, for
+    A, B [d_vocab, d_head].
+
+    The first is from -1 to 1, near 0 for a random matrix, and nan for a zero one. The second is the
+    trace / d_vocab.
+    """
+    values = eigenvalues(A, B)
+    return (values.sum().real / values.abs().sum()).item(), values.sum().real.item() / len(A)
+
+
+@torch.no_grad()
+def token_circuits(model, reading):
+    """What OV and QK do between tokens along the paths of `reading`: four arrays [layer, head].
+
+    ov_copying: sum of OV's eigenvalues / sum of their moduli, -1 to 1 (1: every token raises
+    itself). ov_raise: by how many nats a token's logit rises above the mean logit if the head
+    attends to that token alone, mean over the vocabulary. qk_prefix: the eigenvalue ratio of QK
+    from a token to a key *preceded* by it. qk_match: how much higher the attention score is of a
+    key preceded by the query's own token than of an average key, nats: the paper's trace /
+    d_vocab, with 1/sqrt(d_head) (Model analysis: QK eigenvalue trace). nan for the QK numbers
+    where nothing tells a key what preceded it: a first layer without smeared keys.
+    """
+    W_U = model.ln_final.w[:, None] * model.unembed["W_U"] / reading.spread[-1]
+    W_U = _less_mean(_less_mean(W_U, 0), 1)
+    numbers = {name: [] for name in ("ov_copying", "ov_raise", "qk_prefix", "qk_match")}
+    for block, (own, previous) in zip(model.blocks, token_streams(model, reading), strict=True):
+        attn = block.attn
+        for head in range(model.config.n_heads):
+            ov = positivity(own @ attn.W_V[head], (attn.W_O[head] @ W_U).T)
+            # a smeared key is told of the token before by that token's own key, too
+            share = torch.sigmoid(attn.alpha[head]) if model.config.smear else 1.0
+            key = (share * previous + (1 - share) * own) @ attn.W_K[head]
+            query = own @ attn.W_Q[head] * model.config.d_head**-0.5
+            qk = positivity(query, _less_mean(key, 0)) if key.any() else (np.nan, np.nan)
+            for name, number in zip(numbers, (*ov, *qk), strict=True):
+                numbers[name].append(number)
+    shape = model.config.n_layers, model.config.n_heads
+    return {name: np.array(values).reshape(shape) for name, values in numbers.items()}
+
+
+def _less_mean(x, dim):
+    return x - x.mean(dim=dim, keepdim=True)
+
+
+# --- between heads: composition
+
+
+@torch.no_grad()
+def composition(model):
+    """How much each head reads of what each earlier head writes, above chance: {"K", "Q", "V"} of
+    [layer, head, earlier layer, earlier head], nan where the other head is not earlier.
+
+    With OV of the earlier head and QK, OV of the later one: K |OV QK.T|, Q |OV QK|, V |OV OV'|,
+    each over the product of the two norms (Frobenius); 0 to 1. LayerNorm's gain and centring are
+    folded into what reads. Chance is 1 / sqrt(d_model - 1): what the two matrices have in root
+    mean square if the stream between them is turned at random (one direction is centred away).
+    """
+    config = model.config
+    found = np.full((3, *(config.n_layers, config.n_heads) * 2), np.nan)
+    folded = [_folded(block) for block in model.blocks]
+    for later in range(config.n_layers):
+        W_Q, W_K, W_V, W_O = folded[later]
+        for earlier in range(later):
+            _, _, *ov = folded[earlier]
+            for n, reads in enumerate(((W_K, W_Q.mT), (W_Q, W_K.mT), (W_V, W_O))):
+                found[n, later, :, earlier] = _relative_norm(ov, reads)
+    return dict(zip("KQV", found - chance_composition(config), strict=True))
+
+
+def chance_composition(config):
+    return (config.d_model - 1) ** -0.5
+
+
+def _folded(block):
+    """W_Q, W_K, W_V, W_O in float64: the LayerNorm's gain and centring folded into what reads, and
+    what is written along the direction that every LayerNorm removes left out.
+    """
+    attn, gain = block.attn, block.ln1.w[:, None]
+    reads = (_less_mean(gain * W, 1) for W in (attn.W_Q, attn.W_K, attn.W_V))
+    return [W.double() for W in (*reads, _less_mean(attn.W_O, 2))]
+
+
+def _relative_norm(first, second):
+    """|A B| / (|A| |B|) in Frobenius norms, for A = first[0] @ first[1] of each earlier and B =
+    second[0] @ second[1] of each later head, all [d_model, d_model] -> [later, earlier].
+
+    From d_head x d_head matrices alone: |X Y Z|^2 = tr(X.T X . Y . Z Z.T . Y.T).
+    """
+    left, right = first[0].mT @ first[0], second[1] @ second[1].mT  # [head, d_head, d_head]
+    middle = first[1] @ second[0][:, None]  # [later, earlier, d_head, d_head]
+    square = ((left @ middle @ right[:, None]) * middle).sum(dim=(-2, -1))
+    norms = [(a.mT @ a * (b @ b.mT)).sum(dim=(-2, -1)).sqrt() for a, b in (first, second)]
+    return (square.sqrt() / norms[0] / norms[1][:, None]).numpy(force=True)
+
+
+# --- the command line
+
+
+def measure_circuits(model, examples, cores):
+    """One snapshot's numbers, each [layer, head]: the scores of evaluate.py, the attention to the
+    own token, and `token_circuits` along all paths and (with `_direct`) along the paper's.
+    """
+    reading = read_text(model, examples.text)
+    scores = head_scores(model, examples, cores)
+    direct = token_circuits(model, reading.without_own_token())
+    return {
+        **{name: scores[name].numpy(force=True) for name in SCORES},
+        "own_token": reading.own_token.numpy(force=True),
+        **token_circuits(model, reading),
+        **{f"{name}_direct": values for name, values in direct.items()},
+    }
+
+
+SCORES = ("prefix_matching", "copying", "previous_token")
+
+
+def heads_table(numbers):
+    """One row for each head: its name `layer:head`, its class and its numbers, None for nan."""
+    rows = []
+    for at in np.ndindex(numbers["copying"].shape):
+        row = {name: _rounded(values[at]) for name, values in numbers.items()}
+        kind = metrics.head_class(*(row[name] for name in SCORES))
+        rows.append({"head": _name(at), "class": kind, **row})
+    return rows
+
+
+def _rounded(value):
+    return None if np.isnan(value) else round(float(value), 4)
+
+
+def _name(at):
+    return "{}:{}".format(*at)
+
+
+def print_heads(rows):
+    print(
+        "                        copying                             prefix matching\n"
+        "                        score  OV eigenvalues  own logit    score  QK eigenvalues"
+        "     match      attention to\n"
+        "  head  class                   direct    all   all, nats          direct    all"
+        "   all, nats   own  previous"
+    )
+    for row in rows:
+        print(
+            f"{row['head']:>6}  {row['class']:<14}  {row['copying']:+.2f}"
+            f"   {_shown(row['ov_copying_direct'])}  {_shown(row['ov_copying'])}"
+            f"  {_shown(row['ov_raise'], 10)}    {row['prefix_matching']:.3f}"
+            f"  {_shown(row['qk_prefix_direct'])}  {_shown(row['qk_prefix'])}"
+            f"  {_shown(row['qk_match'], 10)}  {row['own_token']:.2f}"
+            f"  {row['previous_token']:>8.2f}"
+        )
+
+
+def _shown(number, width=5):
+    return f"{'N/A':>{width}}" if number is None else f"{number:>+{width}.2f}"
+
+
+def strongest_compositions(found):
+    """All pairs of heads as rows {"kind", "earlier", "later", "above_chance"}, strongest first."""
+    rows = [
+        {
+            "kind": kind,
+            "earlier": _name(at[2:]),
+            "later": _name(at[:2]),
+            "above_chance": _rounded(values[at]),
+        }
+        for kind, values in found.items()
+        for at in np.argwhere(~np.isnan(values)).tolist()
+        for at in [tuple(at)]
+    ]
+    return sorted(rows, key=lambda row: -row["above_chance"])
+
+
+# the paper's figures A5 and A6: does what a head does agree with what its weights say?
+COMPARED = (
+    ("copying", "ov_copying_direct"),
+    ("copying", "ov_copying"),
+    ("prefix_matching", "qk_match_direct"),
+    ("prefix_matching", "qk_match"),
+    ("prefix_matching", "qk_prefix"),
+)
+
+
+def correlations(snapshots):
+    """Pearson's and Spearman's coefficient of each pair in COMPARED over all heads of all
+    `snapshots`: rows {"score", "weights", "n", "pearson", "spearman"}. None where fewer than three
+    heads have both numbers, or all have the same.
+    """
+    rows = []
+    for score, weights in COMPARED:
+        pairs = np.array([(numbers[score], numbers[weights]) for numbers in snapshots])
+        x, y = pairs.swapaxes(0, 1).reshape(2, -1)
+        x, y = x[~np.isnan(y)], y[~np.isnan(y)]
+        ranks = (values.argsort().argsort() for values in (x, y))
+        rows.append(
+            {
+                "score": score,
+                "weights": weights,
+                "n": len(x),
+                "pearson": _correlation(x, y),
+                "spearman": _correlation(*ranks),
+            }
+        )
+    return rows
+
+
+def _correlation(x, y):
+    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return None
+    return _rounded(np.corrcoef(x, y)[0, 1])
+
+
+def print_correlations(over, rows):
+    print(f"{over}:  Pearson  Spearman")
+    for row in rows:
+        print(
+            f"  {row['score']:<15} ~ {row['weights']:<17}  n={row['n']:<5}"
+            f"  {_shown(row['pearson'])}  {_shown(row['spearman'], 8)}"
+        )
+
+
+def print_composition(rows, chance, most=9):
+    if not rows:
+        print("composition: N/A: a single layer has no earlier heads")
+        return
+    print(f"composition above chance ({chance:.3f}), strongest of {len(rows)} first:")
+    for row in rows[:most]:
+        print(f"  {row['kind']}  {row['earlier']} -> {row['later']}  {row['above_chance']:+.3f}")
+
+
+def conclusion(heads, compositions):
+    """How the best prefix-matching head is built."""
+    best = max(heads, key=lambda row: row["prefix_matching"])
+    sentence = (
+        f"{best['head']} matches prefixes best ({best['prefix_matching']:.2f}). A token that it"
+        f" attends to rises by {best['ov_raise']:.2f} nats, {best['ov_raise_direct']:.2f} of them"
+        " by the direct path"
+    )
+    if best["qk_match"] is not None:
+        sentence += (
+            "; a key that its own token precedes scores"
+            f" {best['qk_match']:.2f} nats above the average, {best['qk_match_direct']:.2f} direct"
+        )
+    partners = []
+    for kind in "KQV":
+        row = next(
+            (r for r in compositions if (r["later"], r["kind"]) == (best["head"], kind)), None
+        )
+        if row:
+            partners.append(f"{kind} with {row['earlier']} {row['above_chance']:+.3f}")
+    if partners:
+        sentence += f". Its strongest compositions: {', '.join(partners)} above chance"
+    return sentence
+
+
+@one_line_errors
+def main(argv=None):
+    parser = ArgumentParser(__doc__)
+    add = parser.add_argument
+    add("path", type=Path, help="the folder of a run, or one snapshot")
+    add("--data", help="corpus for attention and scores (default: the one trained on, if built in)")
+    add("--vocabulary", metavar="FILE", help="gpt2 or a .tiktoken file (default: the corpus's)")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    add("--out", type=Path, help="JSON file for the record (default: none)")
+    args = parser.parse_args(argv)
+    device = pick_device(args.device)
+    is_run = args.path.is_dir()
+    paths = sorted((args.path / "snapshots").glob("step_*.pt")) if is_run else [args.path]
+    if not paths:
+        raise BadInput(f"{args.path}: no snapshots in this folder")
+    corpus = corpus_of(args, load_snapshot(paths[0])[1]["corpus"], Ranks(device))
+    examples = draw_examples(corpus, 2).to(device)
+    cores = Cores(device)
+    snapshots, places = [], []
+    shown = time.time()
+    for path in paths:
+        model, about = load_fitting(path, corpus)
+        snapshots.append(measure_circuits(model.to(device), examples, cores))
+        places.append({"step": about["step"], "tokens": about["tokens"]})
+        if time.time() - shown > 15:
+            print(f"{len(snapshots)} of {len(paths)} snapshots", flush=True)
+            shown = time.time()
+    heads, compositions = heads_table(snapshots[-1]), strongest_compositions(composition(model))
+    chance = chance_composition(model.config)
+    record = {
+        "corpus": corpus.name,
+        "snapshots": [
+            {**place, "heads": heads_table(numbers)}
+            for place, numbers in zip(places, snapshots, strict=True)
+        ],
+        "composition": compositions,
+        "composition_by_chance": round(chance, 4),
+        "conclusion": conclusion(heads, compositions),
+    }
+    print(f"{paths[-1]}: after {about['step']:,} steps, {about['tokens'] / 1e6:.2f}M tokens")
+    print_heads(heads)
+    print_composition(compositions, chance)
+    if is_run:
+        record["correlations"] = correlations(snapshots)
+        record["correlations_at_the_end"] = correlations(snapshots[-1:])
+        over = f"all heads of {len(paths)} snapshots, which are not independent"
+        print_correlations(over, record["correlations"])
+        print_correlations("heads of the last snapshot", record["correlations_at_the_end"])
+    print(record["conclusion"])
+    if args.out:
+        write_json(args.out, record)
+        print(f"-> {args.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
