@@ -24,6 +24,7 @@ or not on the query, and to OV something that does not depend on the token atten
 out exactly: for W less its mean over the keys (or logits) has the eigenvalues of W less both means.
 """
 
+import copy
 import dataclasses
 import sys
 import time
@@ -110,7 +111,7 @@ def token_streams(model, reading):
 
 def eigenvalues(A, B):
     """The eigenvalues that may differ from 0 of A @ B.T, for A and B [n, d_head] -> [d_head]."""
-    return torch.linalg.eigvals((B.T @ A).double())
+    return np.linalg.eigvals((B.T @ A).numpy(force=True))
 
 
 def positivity(A, B):
@@ -121,7 +122,8 @@ def positivity(A, B):
     trace / d_vocab.
     """
     values = eigenvalues(A, B)
-    return (values.sum().real / values.abs().sum()).item(), values.sum().real.item() / len(A)
+    trace, moduli = values.sum().real, np.abs(values).sum()
+    return trace / moduli if moduli else np.nan, trace / len(A)
 
 
 @torch.no_grad()
@@ -136,6 +138,7 @@ def token_circuits(model, reading):
     d_vocab, with 1/sqrt(d_head) (Model analysis: QK eigenvalue trace). nan for the QK numbers
     where nothing tells a key what preceded it: a first layer without smeared keys.
     """
+    model = copy.deepcopy(model).double()
     W_U = model.ln_final.w[:, None] * model.unembed["W_U"] / reading.spread[-1]
     W_U = _less_mean(_less_mean(W_U, 0), 1)
     numbers = {name: [] for name in ("ov_copying", "ov_raise", "qk_prefix", "qk_match")}
