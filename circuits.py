@@ -21,7 +21,9 @@ What LayerNorm does: its centring and gain are folded into the matrix that reads
 the token's own in the first layer, which is exact, and the mean over a text in later ones. Its bias
 and the positions, which only reach W_Q and W_K, add to QK something that does not depend on the key
 or not on the query, and to OV something that does not depend on the token attended to. They drop
-out exactly: for W less its mean over the keys (or logits) has the eigenvalues of W less both means.
+out exactly, because both matrices are taken less their means over rows and over columns. That costs
+nothing: softmax does not see what all keys (or all logits) share, and without the one mean a matrix
+has the same eigenvalues as without both.
 """
 
 import copy
@@ -115,34 +117,39 @@ def eigenvalues(A, B):
 
 
 def positivity(A, B):
-    """(sum of eigenvalues / sum of their moduli, mean over tokens of the diagonal) of A @ B.T, for
-    A, B [d_vocab, d_head].
+    """Of A @ B.T, for A and B [d_vocab, d_head]: (sum of eigenvalues / sum of their moduli, mean
+    over tokens of the diagonal, effective rank).
 
-    The first is from -1 to 1, near 0 for a random matrix, and nan for a zero one. The second is the
-    trace / d_vocab.
+    The first is from -1 to 1, near 0 for a random matrix, nan for a zero one. The second is the
+    trace / d_vocab. The third is trace^2 / squared Frobenius norm: of equal positive eigenvalues
+    their number, at most d_head.
     """
     values = eigenvalues(A, B)
     trace, moduli = values.sum().real, np.abs(values).sum()
-    return trace / moduli if moduli else np.nan, trace / len(A)
+    if not moduli:
+        return np.nan, 0.0, np.nan
+    square = ((A.T @ A) * (B.T @ B)).sum().item()
+    return trace / moduli, trace / len(A), trace**2 / square
 
 
 @torch.no_grad()
 def token_circuits(model, reading):
-    """What OV and QK do between tokens along the paths of `reading`: four arrays [layer, head].
+    """What OV and QK do between tokens along the paths of `reading`: arrays [layer, head].
 
     ov_copying: sum of OV's eigenvalues / sum of their moduli, -1 to 1 (1: every token raises
     itself). ov_raise: by how many nats a token's logit rises above the mean logit if the head
-    attends to that token alone, mean over the vocabulary. qk_prefix: the eigenvalue ratio of QK
-    from a token to a key *preceded* by it. qk_match: how much higher the attention score is of a
-    key preceded by the query's own token than of an average key, nats: the paper's trace /
-    d_vocab, with 1/sqrt(d_head) (Model analysis: QK eigenvalue trace). nan for the QK numbers
-    where nothing tells a key what preceded it: a first layer without smeared keys.
+    attends to that token alone, mean over the vocabulary. ov_rank: OV's effective rank. qk_prefix:
+    the eigenvalue ratio of QK from a token to a key *preceded* by it. qk_match: how much higher
+    the attention score is of a key preceded by the query's own token than of an average key, nats:
+    the paper's trace / d_vocab, with 1/sqrt(d_head) (Model analysis: QK eigenvalue trace). nan for
+    the QK numbers where nothing tells a key what preceded it: a first layer without smeared keys.
     """
     model = copy.deepcopy(model).double()
     W_U = model.ln_final.w[:, None] * model.unembed["W_U"] / reading.spread[-1]
     W_U = _less_mean(_less_mean(W_U, 0), 1)
-    numbers = {name: [] for name in ("ov_copying", "ov_raise", "qk_prefix", "qk_match")}
-    for block, (own, previous) in zip(model.blocks, token_streams(model, reading), strict=True):
+    numbers = {n: [] for n in ("ov_copying", "ov_raise", "ov_rank", "qk_prefix", "qk_match")}
+    for block, streams in zip(model.blocks, token_streams(model, reading), strict=True):
+        own, previous = (_less_mean(stream, 0) for stream in streams)
         attn = block.attn
         for head in range(model.config.n_heads):
             ov = positivity(own @ attn.W_V[head], (attn.W_O[head] @ W_U).T)
@@ -150,11 +157,23 @@ def token_circuits(model, reading):
             share = torch.sigmoid(attn.alpha[head]) if model.config.smear else 1.0
             key = (share * previous + (1 - share) * own) @ attn.W_K[head]
             query = own @ attn.W_Q[head] * model.config.d_head**-0.5
-            qk = positivity(query, _less_mean(key, 0)) if key.any() else (np.nan, np.nan)
+            qk = positivity(query, key)[:2] if key.any() else (np.nan, np.nan)
             for name, number in zip(numbers, (*ov, *qk), strict=True):
                 numbers[name].append(number)
     shape = model.config.n_layers, model.config.n_heads
     return {name: np.array(values).reshape(shape) for name, values in numbers.items()}
+
+
+def copying_score_of_rank(rank, n_tokens=25):
+    """The copying score to expect of an OV that raises every token, with that effective rank.
+
+    Of rank r among many more tokens than r, OV cannot leave the others alone: it moves them by
+    noise of 1/sqrt(r) of the attended token's raise, and the mean of the noise above 0 is its
+    deviation / sqrt(2 pi). In a sample of 25 tokens the score passes 0 at rank 23, and an OV of 64
+    equal eigenvalues has +0.25.
+    """
+    ratio = 1 / (1 + (n_tokens - 1) / (2 * np.pi * rank) ** 0.5)  # own raise / raise of all
+    return 4 * ratio / (1 + ratio) - 1
 
 
 def _less_mean(x, dim):
@@ -253,17 +272,18 @@ def _name(at):
 
 def print_heads(rows):
     print(
-        "                        copying                             prefix matching\n"
-        "                        score  OV eigenvalues  own logit    score  QK eigenvalues"
+        "                        copying                                   prefix matching\n"
+        "                        score  OV eigenvalues  own logit  rank    score  QK eigenvalues"
         "     match      attention to\n"
-        "  head  class                   direct    all   all, nats          direct    all"
+        "  head  class                   direct    all   all, nats   all          direct    all"
         "   all, nats   own  previous"
     )
     for row in rows:
         print(
             f"{row['head']:>6}  {row['class']:<14}  {row['copying']:+.2f}"
             f"   {_shown(row['ov_copying_direct'])}  {_shown(row['ov_copying'])}"
-            f"  {_shown(row['ov_raise'], 10)}    {row['prefix_matching']:.3f}"
+            f"  {_shown(row['ov_raise'], 10)}  {row['ov_rank'] or 0:>4.0f}"
+            f"    {row['prefix_matching']:.3f}"
             f"  {_shown(row['qk_prefix_direct'])}  {_shown(row['qk_prefix'])}"
             f"  {_shown(row['qk_match'], 10)}  {row['own_token']:.2f}"
             f"  {row['previous_token']:>8.2f}"
@@ -355,6 +375,11 @@ def conclusion(heads, compositions):
         f" attends to rises by {best['ov_raise']:.2f} nats, {best['ov_raise_direct']:.2f} of them"
         " by the direct path"
     )
+    if best["ov_rank"] is not None and best["ov_copying"] > 0.9:
+        sentence += (
+            f" (its copying score is {best['copying']:+.2f}; an OV of effective rank"
+            f" {best['ov_rank']:.0f} is expected to have {copying_score_of_rank(best['ov_rank']):+.2f})"
+        )
     if best["qk_match"] is not None:
         sentence += (
             "; a key that its own token precedes scores"

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import circuits
+import metrics
 from circuits import Reading
 from evaluate import logit_effect
 from kernels.attention import smear_keys
@@ -49,11 +50,13 @@ def random_reading(model, seed=1):
     return Reading(own, previous, 1 + torch.rand(shape[0] + 1, generator=generator).double())
 
 
-def ratio_and_mean(matrix):
+def dense_positivity(matrix):
     """Of a dense matrix between tokens, both its means taken away."""
     centred = matrix - matrix.mean(0) - matrix.mean(1, keepdim=True) + matrix.mean()
-    values = torch.linalg.eigvals(centred)
-    return (values.sum() / values.abs().sum()).real.item(), values.sum().real.item() / len(matrix)
+    values = np.linalg.eigvals(centred.numpy())
+    trace = centred.trace().item()
+    ratio = (values.sum() / np.abs(values).sum()).real
+    return ratio, trace / len(matrix), trace**2 / centred.square().sum().item()
 
 
 # between tokens
@@ -103,9 +106,10 @@ def test_token_circuits_equal_those_of_dense_matrices(smear):
             attn = model.blocks[layer].attn
             for head in range(2):
                 OV, QK = attn.W_V[head] @ attn.W_O[head], attn.W_Q[head] @ attn.W_K[head].T
-                ratio, mean = ratio_and_mean(own @ OV @ centring @ W_U / reading.spread[-1])
+                ratio, mean, rank = dense_positivity(own @ OV @ centring @ W_U / reading.spread[-1])
                 assert found["ov_copying"][layer, head] == pytest.approx(ratio, abs=1e-9)
                 assert found["ov_raise"][layer, head] == pytest.approx(mean, rel=1e-9)
+                assert found["ov_rank"][layer, head] == pytest.approx(rank, rel=1e-9)
                 if smear:
                     share = torch.sigmoid(attn.alpha[head])
                     key = share * previous + (1 - share) * own
@@ -114,7 +118,7 @@ def test_token_circuits_equal_those_of_dense_matrices(smear):
                 else:
                     assert np.isnan(found["qk_match"][layer, head])
                     continue
-                ratio, mean = ratio_and_mean(own @ QK @ key.T / D_HEAD**0.5)
+                ratio, mean, _ = dense_positivity(own @ QK @ key.T / D_HEAD**0.5)
                 assert found["qk_prefix"][layer, head] == pytest.approx(ratio, abs=1e-9)
                 assert found["qk_match"][layer, head] == pytest.approx(mean, rel=1e-9)
 
@@ -136,7 +140,7 @@ def test_biases_and_positions_drop_out():
         keys = smear_keys(seen["k"], model.blocks[0].attn.alpha)
         for head in range(2):
             scores = (seen["q"][:, head, 3] * keys[:, head, 2]).sum(-1) / D_HEAD**0.5
-            ratio, mean = ratio_and_mean(scores.view(N_VOCAB, N_VOCAB))
+            ratio, mean, _ = dense_positivity(scores.view(N_VOCAB, N_VOCAB))
             assert found["qk_prefix"][0, head] == pytest.approx(ratio, abs=1e-9)
             assert found["qk_match"][0, head] == pytest.approx(mean, rel=1e-9)
 
@@ -144,7 +148,7 @@ def test_biases_and_positions_drop_out():
         for head in range(2):
             v = seen["v"][:, head].transpose(0, 1)[:, None].float()
             effect = logit_effect(model.float(), 0, v.expand(-1, 2, -1, -1), torch.arange(50)[None])
-            ratio, mean = ratio_and_mean(effect[0, head].double() / reading.spread[-1])
+            ratio, mean, _ = dense_positivity(effect[0, head].double() / reading.spread[-1])
             assert found["ov_copying"][0, head] == pytest.approx(ratio, abs=1e-4)
             assert found["ov_raise"][0, head] == pytest.approx(mean, rel=1e-4)
 
@@ -181,6 +185,8 @@ def test_the_induction_circuit_is_read_off_its_weights():
     found = circuits.token_circuits(model, circuits.read_text(model, repeated_tokens()))
     assert found["qk_prefix"][1, 1] == pytest.approx(1, abs=1e-4)
     assert found["ov_copying"][1, 1] == pytest.approx(1, abs=1e-4)
+    # thirty tokens, less their mean
+    assert found["ov_rank"][1, 1] == pytest.approx(29, abs=1e-3)
     above_chance = circuits.composition(model)
     # 30 equal directions out of d_model: |OV QK.T| / |OV| |QK| = 1 / sqrt(30)
     assert above_chance["K"][1, 1, 0, 0] == pytest.approx(30**-0.5 - 255**-0.5, abs=0.005)
@@ -246,6 +252,21 @@ def test_a_token_may_be_known_by_what_an_own_token_head_says():
     direct = circuits.token_circuits(model, reading.without_own_token())
     assert abs(direct["qk_match"][1, 1]) < 1e-4 * found["qk_match"][1, 1]
     assert abs(direct["ov_raise"][1, 1]) < 1e-4 * found["ov_raise"][1, 1]
+
+
+def test_the_copying_score_of_a_map_of_few_dimensions():
+    """Random projectors among 2,000 tokens, scored on samples of 25 as evaluate.py does."""
+    generator = torch.Generator().manual_seed(0)
+    rng = np.random.default_rng(0)
+    for rank in (8, 23, 64):
+        basis = torch.linalg.qr(torch.randn(2000, rank, generator=generator))[0]
+        samples = np.stack([rng.choice(2000, 25, replace=False) for _ in range(200)])
+        effect = basis[samples] @ basis[samples].mT
+        pattern = torch.full((200, 1, 25, 25), 1 / 25)
+        score = metrics.copying_score(pattern, effect[:, None]).item()
+        assert circuits.copying_score_of_rank(rank) == pytest.approx(score, abs=0.03)
+        values = circuits.positivity(basis.double(), basis.double())
+        assert values == pytest.approx((1, rank / 2000, rank), rel=1e-5)
 
 
 # between heads
