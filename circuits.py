@@ -36,13 +36,7 @@ import numpy as np
 import torch
 
 import metrics
-from evaluate import (
-    corpus_of,
-    draw_examples,
-    head_scores,
-    load_fitting,
-    pick_device,
-)
+from evaluate import HEAD_SCORES, corpus_of, draw_examples, head_scores, load_fitting, pick_device
 from model import layer_norm_divisor
 from parallel import Cores, Ranks
 from records import write_json
@@ -80,11 +74,9 @@ def read_text(model, text):
     return Reading(torch.stack(own), torch.stack(previous), torch.stack(spread))
 
 
-def _normalised(layer_norm, part, spread):
-    """What LayerNorm makes of a part of the stream, without the bias: linear, once the divisor is
-    known.
-    """
-    return (part - part.mean(dim=-1, keepdim=True)) / spread * layer_norm.w
+def _normalised(layer_norm, part, divisor):
+    """What LayerNorm makes of a part of the stream, without the bias."""
+    return _less_mean(part, -1) / divisor * layer_norm.w
 
 
 # --- between tokens: eigenvalues
@@ -92,23 +84,21 @@ def _normalised(layer_norm, part, spread):
 
 def token_streams(model, reading):
     """For each layer: what it reads, after its LayerNorm, about the token where it reads and about
-    the one before: (own, previous), [d_vocab, d_model] each, a row a token.
+    the one before: (own, previous), [d_vocab, d_model] each, a row a token. All tokens count alike,
+    the never seen ones too.
     """
     own = model.embed["W_E"]
     previous = torch.zeros_like(own)
     for layer, block in enumerate(model.blocks):
-        spread = reading.spread[layer] if layer else layer_norm_divisor(own)
-        own_read, previous_read = (_normalised(block.ln1, x, spread) for x in (own, previous))
+        divisor = reading.spread[layer] if layer else layer_norm_divisor(own)
+        own_read, previous_read = (_normalised(block.ln1, x, divisor) for x in (own, previous))
         yield own_read, previous_read
-        attn = block.attn
-        for head, (on_own, on_previous) in enumerate(
-            zip(reading.own_token[layer], reading.previous_token[layer], strict=True)
-        ):
-            moved_own, moved_previous = (
-                x @ attn.W_V[head] @ attn.W_O[head] for x in (own_read, previous_read)
-            )
-            own = own + on_own * moved_own
-            previous = previous + on_own * moved_previous + on_previous * moved_own
+        shares = zip(reading.own_token[layer], reading.previous_token[layer], strict=True)
+        for head, (on_own, on_previous) in enumerate(shares):
+            W_V, W_O = block.attn.W_V[head], block.attn.W_O[head]
+            own_moved, previous_moved = own_read @ W_V @ W_O, previous_read @ W_V @ W_O
+            own = own + on_own * own_moved
+            previous = previous + on_own * previous_moved + on_previous * own_moved
 
 
 def eigenvalues(A, B):
@@ -242,23 +232,20 @@ def measure_circuits(model, examples, cores):
     scores = head_scores(model, examples, cores)
     direct = token_circuits(model, reading.without_own_token())
     return {
-        **{name: scores[name].numpy(force=True) for name in SCORES},
+        **{name: scores[name].numpy(force=True) for name in HEAD_SCORES},
         "own_token": reading.own_token.numpy(force=True),
         **token_circuits(model, reading),
         **{f"{name}_direct": values for name, values in direct.items()},
     }
 
 
-SCORES = ("prefix_matching", "copying", "previous_token")
-
-
 def heads_table(numbers):
     """One row for each head: its name `layer:head`, its class and its numbers, None for nan."""
     rows = []
-    for at in np.ndindex(numbers["copying"].shape):
-        row = {name: _rounded(values[at]) for name, values in numbers.items()}
-        kind = metrics.head_class(*(row[name] for name in SCORES))
-        rows.append({"head": _name(at), "class": kind, **row})
+    for layer, head in np.ndindex(numbers["copying"].shape):
+        row = {name: _rounded(values[layer, head]) for name, values in numbers.items()}
+        kind = metrics.head_class(**{name: row[name] for name in HEAD_SCORES})
+        rows.append({"head": f"{layer}:{head}", "class": kind, **row})
     return rows
 
 
@@ -266,47 +253,13 @@ def _rounded(value):
     return None if np.isnan(value) else round(float(value), 4)
 
 
-def _name(at):
-    return "{}:{}".format(*at)
-
-
-def print_heads(rows):
-    print(
-        "                        copying                                   prefix matching\n"
-        "                        score  OV eigenvalues  own logit  rank    score  QK eigenvalues"
-        "     match      attention to\n"
-        "  head  class                   direct    all   all, nats   all          direct    all"
-        "   all, nats   own  previous"
-    )
-    for row in rows:
-        print(
-            f"{row['head']:>6}  {row['class']:<14}  {row['copying']:+.2f}"
-            f"   {_shown(row['ov_copying_direct'])}  {_shown(row['ov_copying'])}"
-            f"  {_shown(row['ov_raise'], 10)}  {row['ov_rank'] or 0:>4.0f}"
-            f"    {row['prefix_matching']:.3f}"
-            f"  {_shown(row['qk_prefix_direct'])}  {_shown(row['qk_prefix'])}"
-            f"  {_shown(row['qk_match'], 10)}  {row['own_token']:.2f}"
-            f"  {row['previous_token']:>8.2f}"
-        )
-
-
-def _shown(number, width=5):
-    return f"{'N/A':>{width}}" if number is None else f"{number:>+{width}.2f}"
-
-
-def strongest_compositions(found):
-    """All pairs of heads as rows {"kind", "earlier", "later", "above_chance"}, strongest first."""
-    rows = [
-        {
-            "kind": kind,
-            "earlier": _name(at[2:]),
-            "later": _name(at[:2]),
-            "above_chance": _rounded(values[at]),
-        }
-        for kind, values in found.items()
-        for at in np.argwhere(~np.isnan(values)).tolist()
-        for at in [tuple(at)]
-    ]
+def composition_table(found):
+    """Rows {"kind", "earlier", "later", "above_chance"}, one for each pair, strongest first."""
+    rows = []
+    for kind, values in found.items():
+        for later, head, earlier, other in np.argwhere(~np.isnan(values)):
+            row = {"kind": kind, "earlier": f"{earlier}:{other}", "later": f"{later}:{head}"}
+            rows.append({**row, "above_chance": _rounded(values[later, head, earlier, other])})
     return sorted(rows, key=lambda row: -row["above_chance"])
 
 
@@ -326,20 +279,13 @@ def correlations(snapshots):
     heads have both numbers, or all have the same.
     """
     rows = []
-    for score, weights in COMPARED:
-        pairs = np.array([(numbers[score], numbers[weights]) for numbers in snapshots])
-        x, y = pairs.swapaxes(0, 1).reshape(2, -1)
+    for names in COMPARED:
+        x, y = (np.concatenate([s[name].flatten() for s in snapshots]) for name in names)
         x, y = x[~np.isnan(y)], y[~np.isnan(y)]
         ranks = (values.argsort().argsort() for values in (x, y))
-        rows.append(
-            {
-                "score": score,
-                "weights": weights,
-                "n": len(x),
-                "pearson": _correlation(x, y),
-                "spearman": _correlation(*ranks),
-            }
-        )
+        row = dict(zip(("score", "weights"), names, strict=True))
+        pearson, spearman = _correlation(x, y), _correlation(*ranks)
+        rows.append({**row, "n": len(x), "pearson": pearson, "spearman": spearman})
     return rows
 
 
@@ -349,13 +295,30 @@ def _correlation(x, y):
     return _rounded(np.corrcoef(x, y)[0, 1])
 
 
-def print_correlations(over, rows):
-    print(f"{over}:  Pearson  Spearman")
+def print_heads(rows):
+    print(
+        "                        copying                           prefix matching"
+        "              attention to\n"
+        "                        score  OV: direct   all  nats  rank  score  QK: direct   all  nats"
+        "   own  before"
+    )
     for row in rows:
         print(
-            f"  {row['score']:<15} ~ {row['weights']:<17}  n={row['n']:<5}"
-            f"  {_shown(row['pearson'])}  {_shown(row['spearman'], 8)}"
+            f"{row['head']:>6}  {row['class']:<14}  {row['copying']:+.2f}"
+            f"  {_shown(row['ov_copying_direct'], 10)} {_shown(row['ov_copying'])}"
+            f" {_shown(row['ov_raise'])}  {row['ov_rank'] or 0:>4.0f}"
+            f"  {row['prefix_matching']:>5.3f}"
+            f"  {_shown(row['qk_prefix_direct'], 10)} {_shown(row['qk_prefix'])}"
+            f" {_shown(row['qk_match'])}  {row['own_token']:.2f}  {row['previous_token']:>6.2f}"
         )
+    print(
+        "  OV, QK: sum of eigenvalues / sum of moduli, on the direct path and on all; nats: rise of"
+        " the\n  attended token's logit, and of the score of a key that the query's token precedes"
+    )
+
+
+def _shown(number, width=5):
+    return f"{'N/A':>{width}}" if number is None else f"{number:>+{width}.2f}"
 
 
 def print_composition(rows, chance, most=9):
@@ -367,6 +330,15 @@ def print_composition(rows, chance, most=9):
         print(f"  {row['kind']}  {row['earlier']} -> {row['later']}  {row['above_chance']:+.3f}")
 
 
+def print_correlations(over, rows):
+    print(f"{over}:  Pearson  Spearman")
+    for row in rows:
+        print(
+            f"  {row['score']:<15} ~ {row['weights']:<17}  n={row['n']:<5}"
+            f"  {_shown(row['pearson'])}  {_shown(row['spearman'], 8)}"
+        )
+
+
 def conclusion(heads, compositions):
     """How the best prefix-matching head is built."""
     best = max(heads, key=lambda row: row["prefix_matching"])
@@ -375,25 +347,24 @@ def conclusion(heads, compositions):
         f" attends to rises by {best['ov_raise']:.2f} nats, {best['ov_raise_direct']:.2f} of them"
         " by the direct path"
     )
-    if best["ov_rank"] is not None and best["ov_copying"] > 0.9:
-        sentence += (
-            f" (its copying score is {best['copying']:+.2f}; an OV of effective rank"
-            f" {best['ov_rank']:.0f} is expected to have {copying_score_of_rank(best['ov_rank']):+.2f})"
-        )
     if best["qk_match"] is not None:
         sentence += (
-            "; a key that its own token precedes scores"
+            "; a key that the query's token precedes scores"
             f" {best['qk_match']:.2f} nats above the average, {best['qk_match_direct']:.2f} direct"
         )
-    partners = []
-    for kind in "KQV":
-        row = next(
-            (r for r in compositions if (r["later"], r["kind"]) == (best["head"], kind)), None
+    if (best["ov_copying"] or 0) > 0.9:
+        expected = copying_score_of_rank(best["ov_rank"])
+        sentence += (
+            f". Of effective rank {best['ov_rank']:.0f}, its OV can be expected to have a copying"
+            f" score of {expected:+.2f}; it is {best['copying']:+.2f}"
         )
-        if row:
-            partners.append(f"{kind} with {row['earlier']} {row['above_chance']:+.3f}")
-    if partners:
-        sentence += f". Its strongest compositions: {', '.join(partners)} above chance"
+    # of each kind the strongest, which comes last here
+    of_best = {row["kind"]: row for row in compositions[::-1] if row["later"] == best["head"]}
+    if of_best:
+        partners = (
+            f"{k} with {of_best[k]['earlier']} {of_best[k]['above_chance']:+.3f}" for k in "KQV"
+        )
+        sentence += f". Composition above chance: {', '.join(partners)}"
     return sentence
 
 
@@ -413,32 +384,33 @@ def main(argv=None):
     if not paths:
         raise BadInput(f"{args.path}: no snapshots in this folder")
     corpus = corpus_of(args, load_snapshot(paths[0])[1]["corpus"], Ranks(device))
-    examples = draw_examples(corpus, 2).to(device)
-    cores = Cores(device)
-    snapshots, places = [], []
+    examples, cores = draw_examples(corpus, 2).to(device), Cores(device)
+
+    record = {"corpus": corpus.name, "snapshots": []}
+    snapshots = []
     shown = time.time()
     for path in paths:
         model, about = load_fitting(path, corpus)
+        if not all(weight.isfinite().all() for weight in model.parameters()):
+            raise BadInput(f"{path}: some of its weights are not numbers: its training diverged")
         snapshots.append(measure_circuits(model.to(device), examples, cores))
-        places.append({"step": about["step"], "tokens": about["tokens"]})
+        heads = heads_table(snapshots[-1])
+        record["snapshots"].append(
+            {"step": about["step"], "tokens": about["tokens"], "heads": heads}
+        )
         if time.time() - shown > 15:
             print(f"{len(snapshots)} of {len(paths)} snapshots", flush=True)
             shown = time.time()
-    heads, compositions = heads_table(snapshots[-1]), strongest_compositions(composition(model))
+
     chance = chance_composition(model.config)
-    record = {
-        "corpus": corpus.name,
-        "snapshots": [
-            {**place, "heads": heads_table(numbers)}
-            for place, numbers in zip(places, snapshots, strict=True)
-        ],
-        "composition": compositions,
-        "composition_by_chance": round(chance, 4),
-        "conclusion": conclusion(heads, compositions),
-    }
-    print(f"{paths[-1]}: after {about['step']:,} steps, {about['tokens'] / 1e6:.2f}M tokens")
+    record["composition_by_chance"] = chance
+    record["composition"] = composition_table(composition(model))
+    record["conclusion"] = conclusion(heads, record["composition"])
+    print(f"{path}: after {about['step']:,} steps, {about['tokens'] / 1e6:.2f}M tokens")
     print_heads(heads)
-    print_composition(compositions, chance)
+    print_composition(record["composition"], chance)
+    if model.config.d_mlp:
+        print("this model has MLPs: what passes through them is left out of all of the above")
     if is_run:
         record["correlations"] = correlations(snapshots)
         record["correlations_at_the_end"] = correlations(snapshots[-1:])

@@ -192,7 +192,7 @@ def test_the_induction_circuit_is_read_off_its_weights():
     assert above_chance["K"][1, 1, 0, 0] == pytest.approx(30**-0.5 - 255**-0.5, abs=0.005)
     for kind in "QV":
         assert above_chance[kind][1, 1, 0, 0] == pytest.approx(-(255**-0.5), abs=0.005)
-    assert circuits.strongest_compositions(above_chance)[0] == {
+    assert circuits.composition_table(above_chance)[0] == {
         "kind": "K", "earlier": "0:0", "later": "1:1", "above_chance": pytest.approx(0.12, abs=0.01)
     }  # fmt: skip
 
@@ -402,3 +402,8 @@ def test_bad_input_is_one_line(run, command, tmp_path, capsys):
     model = Transformer(config_for("mini", 1, True, 500)).init_weights(0)
     save_snapshot(tmp_path / "small.pt", model, 0, 0, origin)
     assert "a vocabulary of 500" in refused(command("small.pt"))
+    with torch.no_grad():
+        model = Transformer(config_for("mini", 1, True, 1024)).init_weights(0)
+        model.blocks[0].attn.W_V[0, 0, 0] = torch.nan
+    save_snapshot(tmp_path / "diverged.pt", model, 0, 0, origin)
+    assert "not numbers" in refused(command("diverged.pt"))
