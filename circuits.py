@@ -93,12 +93,13 @@ def token_streams(model, reading):
         divisor = reading.spread[layer] if layer else layer_norm_divisor(own)
         own_read, previous_read = (_normalised(block.ln1, x, divisor) for x in (own, previous))
         yield own_read, previous_read
-        shares = zip(reading.own_token[layer], reading.previous_token[layer], strict=True)
-        for head, (on_own, on_previous) in enumerate(shares):
-            W_V, W_O = block.attn.W_V[head], block.attn.W_O[head]
-            own_moved, previous_moved = own_read @ W_V @ W_O, previous_read @ W_V @ W_O
-            own = own + on_own * own_moved
-            previous = previous + on_own * previous_moved + on_previous * own_moved
+        attn = block.attn
+        move_own, move_previous = (
+            torch.einsum("h,hdk,hke->de", shares.to(own.dtype), attn.W_V, attn.W_O)
+            for shares in (reading.own_token[layer], reading.previous_token[layer])
+        )
+        own = own + own_read @ move_own
+        previous = previous + previous_read @ move_own + own_read @ move_previous
 
 
 def eigenvalues(A, B):

@@ -179,6 +179,32 @@ def test_the_induction_circuit_copies_literally():
     assert losses[20].item() == pytest.approx(-logits[19, task.tokens[20]].item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("name", tasks.PASSAGES)
+def test_losses_of_a_passage_token_by_token(name, encoding):
+    model = Transformer(config_for("mini", 1, True, 1024)).init_weights(0)
+    found = tasks.measure_literal_copying(model, name, encoding)
+    first, rest, helped, misled = tasks.PASSAGES[name]
+    pieces = [encoding.encode_ordinary(part) for part in (first, rest, first)]
+    tokens = torch.tensor([encoding.eot_token, *sum(pieces, [])])
+    with torch.no_grad():
+        log_p = model(tokens[None])[0].log_softmax(-1)
+    loss = [None, *(-log_p[n, tokens[n + 1]].item() for n in range(len(tokens) - 1))]
+    n = len(pieces[0])
+    assert found["loss_first"] == pytest.approx(np.mean(loss[2 : n + 1]), abs=1e-5)
+    assert found["loss_repeat"] == pytest.approx(np.mean(loss[len(tokens) - n + 1 :]), abs=1e-5)
+    so_far = [encoding.decode(tokens[1:end].tolist()) for end in range(1, len(tokens) - n + 1)]
+    for word in helped:
+        # the tokens with which one more occurrence is complete
+        ends = [
+            i for i in range(1, len(so_far)) if so_far[i].count(word) > so_far[i - 1].count(word)
+        ]
+        assert found["last_piece"][word] == pytest.approx([loss[i] for i in ends], abs=0.006)
+    for word in misled:
+        (complete, *_) = [i for i in range(len(so_far)) if word in so_far[i]]
+        begins = [i for i in range(complete) if so_far[complete][len(so_far[i]) :].strip() == word]
+        assert found["first_piece"][word][0] == pytest.approx(loss[min(begins) + 1], abs=0.006)
+
+
 def test_the_view_holds_what_is_attended_to(encoding):
     task = tasks.Task(torch.tensor(encoding.encode_ordinary("a b")), *torch.zeros(2, 2, 2).bool())
     pattern = torch.tensor([[1.0, 0.0], [0.04, 0.96]])[None, None]
