@@ -389,13 +389,15 @@ def corpus_of(args, trained_on, ranks):
 
 
 def load_fitting(path, corpus, kernels="torch"):
-    """`load_snapshot`, refusing a model that cannot read examples of this corpus."""
+    """`load_snapshot`, refusing a model that cannot be measured on this corpus."""
     model, about = load_snapshot(path, kernels=kernels)
     if model.config.d_vocab != corpus.d_vocab:
         wanted, given = model.config.d_vocab, corpus.d_vocab
         raise BadInput(f"{path}: a vocabulary of {wanted}, but {corpus.name} has {given}")
     if model.config.n_ctx < N_CTX:
         raise BadInput(f"{path}: its context of {model.config.n_ctx} is shorter than {N_CTX}")
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise BadInput(f"{path}: some of its weights are not numbers: its training diverged")
     return model, about
 
 

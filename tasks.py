@@ -30,8 +30,6 @@ from safety import ArgumentParser, one_line_errors
 from snapshots import load_snapshot
 from vocabulary import load_vocabulary
 
-SEED = 4
-
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -68,6 +66,7 @@ class Text:
         return self.places(begin, stop), stop
 
     def find_all(self, word):
+        """The places of every occurrence."""
         found, stop = [], 0
         while hit := self.find(word, stop):
             places, stop = hit
@@ -173,13 +172,14 @@ SECOND_WORDS = (
     "cat dog horse lion bear mouse sheep wolf frog snake".split(),
     "apple banana cherry lemon grape melon peach plum mango orange".split(),
 )
-N_LINES, N_PROBLEMS = 30, 20
+N_LINES, N_PROBLEMS, SEED = 30, 20, 4
 
 
 def pattern_matching(encoding, seed):
     """Thirty lines whose label tells the kinds of their two words -> (Task, labels' tokens [4]):
     where a label is to be predicted, the labels of earlier lines of the same kind are right; the
-    labels of all earlier lines are candidates.
+    labels of all earlier lines are candidates. Words recur, so that a head may find some of the
+    right lines literally.
     """
     rng = np.random.default_rng([SEED, seed])
     labels = rng.integers(4, size=N_LINES)
@@ -314,8 +314,9 @@ def measure_literal_copying(model, name, encoding):
 
 @torch.no_grad()
 def measure_pattern_matching(model, encoding):
-    """Heads on N_PROBLEMS problems, and how often the right label has the largest logit of the
-    four, with its standard error over the problems; the view is of the first problem.
+    """Heads on N_PROBLEMS problems, with the standard error of attention less chance, and how often
+    the right label has the largest logit of the four; errors over the problems. The view is of
+    the first problem.
     """
     tasks, measured, hits = [], [], []
     for seed in range(N_PROBLEMS):
@@ -327,12 +328,14 @@ def measure_pattern_matching(model, encoding):
         chosen = torch.tensor(labels)[logits[asked][:, labels].argmax(dim=1)]
         hits.append((chosen == task.tokens[asked + 1]).float().mean())
     scores = [scores for _, _, scores in measured]
-    mean = {name: torch.stack([s[name] for s in scores]).mean(dim=0) for name in scores[0]}
+    means = {name: torch.stack([s[name] for s in scores]).mean(dim=0) for name in scores[0]}
+    above_chance = torch.stack([s["attention"] - s["chance"] for s in scores])
+    means["above_chance_error"] = above_chance.std(dim=0) / N_PROBLEMS**0.5
     hits = torch.stack(hits)
     return {
-        **record_of(tasks[0], *measured[0][:2], mean, encoding),
+        **record_of(tasks[0], *measured[0][:2], means, encoding),
         "right_labels": hits.mean().item(),
-        "right_labels_error": (hits.std() / len(hits) ** 0.5).item(),
+        "right_labels_error": (hits.std() / N_PROBLEMS**0.5).item(),
     }
 
 
@@ -369,14 +372,26 @@ def print_literal_copying(name, found):
         print(f"    first piece of {word!r}, where another word stood before: {losses[0]:.1f} nats")
 
 
+def print_pattern_matching(found):
+    print(
+        f"pattern matching, {N_PROBLEMS} problems: the right label of four is the likeliest in"
+        f" {found['right_labels']:.0%} +- {found['right_labels_error']:.0%} (by chance 25 %);"
+        " attention to labels of the same kind"
+    )
+    print_best(found["heads"])
+    best = found["heads"][0]
+    print(
+        f"    {best['head']} is {best['attention'] - best['chance']:+.3f}"
+        f" +- {best['above_chance_error']:.3f} above chance"
+    )
+
+
 @one_line_errors
 def main(argv=None):
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("path", type=Path, help="a snapshot")
-    add(
-        "--data", help="corpus whose vocabulary it reads (default: the one trained on, if built in)"
-    )
+    add("--data", help="corpus of its vocabulary (default: the one trained on, if it is built in)")
     add("--vocabulary", metavar="FILE", help="gpt2 or a .tiktoken file (default: the corpus's)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     add("--out", type=Path, help="JSON file for the record (default: none)")
@@ -395,12 +410,7 @@ def main(argv=None):
     print("translation, English to French and German: attention to the next word in English")
     print_best(translated["heads"])
     matching = measure_pattern_matching(model, encoding)
-    print(
-        f"pattern matching: right label {matching['right_labels']:.0%}"
-        f" +- {matching['right_labels_error']:.0%} of {N_PROBLEMS} problems (by chance 25 %);"
-        " attention to labels of the same kind"
-    )
-    print_best(matching["heads"])
+    print_pattern_matching(matching)
     print(
         "In the paper these are single heads of a 13B model (pattern matching: about 65 % of the"
         " attention). A small model need not show the last two."

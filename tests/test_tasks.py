@@ -231,6 +231,15 @@ def test_right_labels_are_counted(encoding):
     error = np.std(shares, ddof=1) / len(shares) ** 0.5
     assert found["right_labels_error"] == pytest.approx(error, abs=1e-6)
     assert 0.1 < found["right_labels"] < 0.4
+    row = found["heads"][0]
+    head = int(row["head"][-1])
+    above = []
+    for seed in range(tasks.N_PROBLEMS):
+        scores = tasks.measure_task(model, tasks.pattern_matching(encoding, seed)[0])[2]
+        above.append((scores["attention"] - scores["chance"])[0, head].item())
+    assert row["attention"] - row["chance"] == pytest.approx(np.mean(above), abs=2e-4)
+    error = np.std(above, ddof=1) / len(above) ** 0.5
+    assert row["above_chance_error"] == pytest.approx(error, abs=1e-4)
 
 
 # the command line
