@@ -381,7 +381,21 @@ def evaluate_run(args, ranks):
 
 
 def prepare(args, trained_on, ranks):
-    """Draws the examples; returns the function that measures a snapshot file.
+    """Draws the examples; returns the function that measures a snapshot file."""
+    corpus = corpus_of(args, trained_on, ranks)
+    examples = draw_examples(corpus, args.examples).to(args.device)
+    cores = Cores(args.device)
+
+    def measure_file(path):
+        model, about = load_fitting(path, corpus, args.kernels)
+        record = measure(model.to(args.device), examples, cores, ranks)
+        return {"step": about["step"], "tokens": about["tokens"], **record}
+
+    return measure_file
+
+
+def corpus_of(args, trained_on, ranks):
+    """The corpus of --data and --vocabulary; without them the one trained on, if it is built in.
 
     trained_on: {"data", "name", "sha256"} as a snapshot tells it. Its path is not followed: the
     file may be a stranger's.
@@ -397,20 +411,20 @@ def prepare(args, trained_on, ranks):
             f"note: sha256 {corpus.sha256[:12]} is not the corpus it was trained on,"
             f" {trained_on['sha256'][:12]}: held-out text may have been seen"
         )
-    examples = draw_examples(corpus, args.examples).to(args.device)
-    cores = Cores(args.device)
+    return corpus
 
-    def measure_file(path):
-        model, about = load_snapshot(path, kernels=args.kernels)
-        if model.config.d_vocab != corpus.d_vocab:
-            wanted, given = model.config.d_vocab, corpus.d_vocab
-            raise BadInput(f"{path}: a vocabulary of {wanted}, but {corpus.name} has {given}")
-        if model.config.n_ctx < N_CTX:
-            raise BadInput(f"{path}: its context of {model.config.n_ctx} is shorter than {N_CTX}")
-        record = measure(model.to(args.device), examples, cores, ranks)
-        return {"step": about["step"], "tokens": about["tokens"], **record}
 
-    return measure_file
+def load_fitting(path, corpus, kernels="torch"):
+    """`load_snapshot`, refusing a model that cannot be measured on this corpus."""
+    model, about = load_snapshot(path, kernels=kernels)
+    if model.config.d_vocab != corpus.d_vocab:
+        wanted, given = model.config.d_vocab, corpus.d_vocab
+        raise BadInput(f"{path}: a vocabulary of {wanted}, but {corpus.name} has {given}")
+    if model.config.n_ctx < N_CTX:
+        raise BadInput(f"{path}: its context of {model.config.n_ctx} is shorter than {N_CTX}")
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise BadInput(f"{path}: some of its weights are not numbers: its training diverged")
+    return model, about
 
 
 if __name__ == "__main__":

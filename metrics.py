@@ -105,6 +105,13 @@ def previous_token_score(pattern):
     return pattern.diagonal(-1, dim1=2, dim2=3).mean(dim=(0, 2))
 
 
+def own_token_score(pattern):
+    """Mean attention from a token, but not the first, to itself: [batch, head, query, key] ->
+    [head], 0 to 1.
+    """
+    return pattern.diagonal(dim1=2, dim2=3)[..., 1:].mean(dim=(0, 2))
+
+
 def copying_score(pattern, logit_effect):
     """Does a head raise the logit of the token it attends to, more than of the other tokens of the
     sample?

@@ -140,6 +140,11 @@ class LayerNorm(nn.Module):
         return F.layer_norm(resid, self.w.shape, self.w, self.b)
 
 
+def layer_norm_divisor(resid):
+    """What a LayerNorm divides by where it reads resid [..., d_model]: [..., 1]."""
+    return (resid.var(dim=-1, keepdim=True, correction=0) + 1e-5).sqrt()
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
