@@ -216,8 +216,7 @@ def summarise(records, measure_again):
     shown = {
         "examples": len(last["per_token_loss"]),
         "loss": last["loss"],
-        "icl_score": last["icl_score"],
-        "icl_score_error": last["icl_score_error"],
+        **in_context_learning(last, "score"),
         "icl_before": None,
         "icl_after": None,
         "phase_change": None,
@@ -230,10 +229,8 @@ def summarise(records, measure_again):
         start, end = (records[n] for n in window)
         before, after = (measure_again(n) for n in window)
         shown |= {
-            "icl_before": before["icl_score"],
-            "icl_before_error": before["icl_score_error"],
-            "icl_after": after["icl_score"],
-            "icl_after_error": after["icl_score_error"],
+            **in_context_learning(before, "before"),
+            **in_context_learning(after, "after"),
             "best_prefix_matching_before": best_head(before["prefix_matching"]),
             "best_prefix_matching_after": best_head(after["prefix_matching"]),
         }
@@ -250,6 +247,15 @@ def summarise(records, measure_again):
             ),
         }
     return shown
+
+
+def in_context_learning(record, when):
+    """A record's in-context learning scores as a summary names them."""
+    return {
+        f"{kind}_{when}{error}": record[f"{kind}_score{error}"]
+        for kind in ("icl", "icl_band")
+        for error in ("", "_error")
+    }
 
 
 def best_head(scores):
