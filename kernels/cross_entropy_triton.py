@@ -73,7 +73,7 @@ def linear_cross_entropy(resid, W_U, targets):
     d_model, d_vocab = W_U.shape
     to_width, to_depth = -d_vocab % ALIGNMENT, -d_model % ALIGNMENT
     resid, W_U = _padded(resid, to_depth, 0), _padded(W_U, to_width, to_depth)
-    return _LinearCrossEntropy.apply(resid, W_U, targets, d_vocab)
+    return _LinearCrossEntropy.apply(resid, W_U, targets.contiguous(), d_vocab)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -250,6 +250,6 @@ def load_tile(
     else:
         rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
         inside = (row + rows < n_rows) & (column + columns < n_columns)
-        start = matrix + row.to(tl.int64) * n_columns + column
+        start = matrix + tl.cast(row, tl.int64) * n_columns + column
         tile = tl.load(start + rows * n_columns + columns, mask=inside, other=0.0)
     return tile
