@@ -20,8 +20,8 @@ Backward (`dlogits_kernel`): a second pass over the same tiles gives the gradien
 written in the type of the inputs for one chunk of rows at a time. Two library products turn the
 chunk into its rows of dresid and its share of dW_U, which adds up in float32. Fusing these as well
 would have every program add to one dresid and one dW_U in memory: six times the traffic of the
-chunks, in an order that differs from run to run. Computing the logits twice costs a third more arithmetic than
-keeping them, and no memory.
+chunks, in an order that differs from run to run. Computing the logits twice costs a third more
+arithmetic than keeping them, and no memory.
 
 What decides the speed is how often a number that was fetched is used. A tile of 128 x 256 takes 50
 million operations for 0.6 MB, nearly all of it from the second-level cache, because programs that
