@@ -83,7 +83,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, resid, W_U, targets, d_vocab):
         n_shares = triton.cdiv(d_vocab, _share(resid, d_vocab))
         parts = resid.new_empty(3, n_shares, len(resid), dtype=torch.float32)
-        _launch(statistics_kernel, resid, W_U, d_vocab, targets, *parts)
+        _launch(statistics_kernel, resid, W_U, d_vocab, (targets, *parts))
         part_largest, part_sum, part_chosen = parts
         largest = part_largest.amax(0)
         total = (part_sum * (part_largest - largest).exp()).sum(0)
@@ -106,7 +106,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(start, min(start + size, len(resid)))
             dlogits = buffer[: rows.stop - start]
             of_rows = (numbers[rows] for numbers in per_row)
-            _launch(dlogits_kernel, resid[rows], W_U, ctx.d_vocab, *of_rows, dlogits)
+            _launch(dlogits_kernel, resid[rows], W_U, ctx.d_vocab, of_rows, dlogits)
             if for_resid:
                 torch.mm(dlogits, W_U.T, out=dresid[rows])
             if for_W_U:
@@ -142,23 +142,20 @@ def _share(resid, d_vocab):
     return triton.cdiv(n_tiles, n_shares) * n_columns
 
 
-def _launch(kernel, resid, W_U, d_vocab, *numbers):
-    """Runs one of the kernels below; numbers: what it takes for each row, and dlogits."""
+def _launch(kernel, resid, W_U, d_vocab, per_row, dlogits=None):
+    """Runs one of the kernels below."""
     generation = _generation()
     n_rows, n_columns, depth, warps, stages = TILES[generation, resid.itemsize]
-    tma = generation >= 90
 
     def tiled(matrix, *tile):
-        return TensorDescriptor.from_tensor(matrix, list(tile)) if tma else matrix
+        return matrix if generation < 90 else TensorDescriptor.from_tensor(matrix, list(tile))
 
-    *numbers, last = numbers
-    if kernel is dlogits_kernel:
-        last = tiled(last, n_rows, n_columns)
     share = _share(resid, d_vocab)
+    outputs = [] if dlogits is None else [tiled(dlogits, n_rows, n_columns)]
     kernel[triton.cdiv(len(resid), n_rows), triton.cdiv(d_vocab, share)](
-        tiled(resid, n_rows, depth), tiled(W_U, depth, n_columns), *numbers, last,
+        tiled(resid, n_rows, depth), tiled(W_U, depth, n_columns), *per_row, *outputs,
         len(resid), *W_U.shape, d_vocab, share,
-        ROWS=n_rows, COLUMNS=n_columns, DEPTH=depth, TMA=tma, num_warps=warps, num_stages=stages,
+        ROWS=n_rows, COLUMNS=n_columns, DEPTH=depth, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
@@ -166,7 +163,7 @@ def _launch(kernel, resid, W_U, d_vocab, *numbers):
 def statistics_kernel(
     resid, W_U, targets, largest_ptr, sum_ptr, chosen_ptr,
     n_rows, d_model, width, d_vocab, share,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Largest logit, sum of exponentials and target's logit of a block of rows in one share of the
     vocabulary; each output [share of the vocabulary, row].
@@ -180,7 +177,7 @@ def statistics_kernel(
     start = tl.program_id(1) * share
     for column in tl.range(start, tl.minimum(start + share, d_vocab), COLUMNS, flatten=True):
         logits = logits_of_tile(
-            resid, W_U, row, column, n_rows, d_model, width, ROWS, COLUMNS, DEPTH, TMA
+            resid, W_U, row, column, n_rows, d_model, width, ROWS, COLUMNS, DEPTH
         )
         columns = column + tl.arange(0, COLUMNS)[None, :]
         logits = tl.where(columns < d_vocab, logits, float("-inf"))
@@ -200,7 +197,7 @@ def statistics_kernel(
 def dlogits_kernel(
     resid, W_U, targets, largest_ptr, scale_ptr, weight_ptr, dlogits,
     n_rows, d_model, width, d_vocab, share,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Gradient by the logits, [row, width], 0 in the padding; scale is weight / sum."""
     row = tl.program_id(0) * ROWS
@@ -213,12 +210,12 @@ def dlogits_kernel(
     start = tl.program_id(1) * share
     for column in tl.range(start, tl.minimum(start + share, d_vocab), COLUMNS, flatten=True):
         logits = logits_of_tile(
-            resid, W_U, row, column, n_rows, d_model, width, ROWS, COLUMNS, DEPTH, TMA
+            resid, W_U, row, column, n_rows, d_model, width, ROWS, COLUMNS, DEPTH
         )
         columns = column + tl.arange(0, COLUMNS)[None, :]
         gradient = tl.exp(logits - largest) * scale - tl.where(columns == target, weight, 0.0)
         gradient = tl.where(columns < d_vocab, gradient, 0.0)
-        if TMA:
+        if isinstance(dlogits, tl.tensor_descriptor):
             dlogits.store([row, column], gradient.to(dlogits.dtype))
         else:
             at = dlogits + rows[:, None].to(tl.int64) * width + columns
@@ -229,12 +226,12 @@ def dlogits_kernel(
 @triton.jit
 def logits_of_tile(
     resid, W_U, row, column, n_rows, d_model, width,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     logits = tl.zeros([ROWS, COLUMNS], tl.float32)
     for depth in tl.range(0, d_model, DEPTH):
-        x = load_tile(resid, row, depth, n_rows, d_model, ROWS, DEPTH, TMA)
-        w = load_tile(W_U, depth, column, d_model, width, DEPTH, COLUMNS, TMA)
+        x = load_tile(resid, row, depth, n_rows, d_model, ROWS, DEPTH)
+        w = load_tile(W_U, depth, column, d_model, width, DEPTH, COLUMNS)
         logits = tl.dot(x, w, logits, input_precision="ieee")
     return logits
 
@@ -242,10 +239,12 @@ def logits_of_tile(
 @triton.jit
 def load_tile(
     matrix, row, column, n_rows, n_columns,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The tile at [row, column] of a matrix [n_rows, n_columns], with zeros where it has none."""
-    if TMA:
+    """The tile at [row, column] of a matrix [n_rows, n_columns], zeros outside it. matrix: a
+    descriptor or a pointer.
+    """
+    if isinstance(matrix, tl.tensor_descriptor):
         tile = matrix.load([row, column])
     else:
         rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
