@@ -170,7 +170,8 @@ def statistics_kernel(
     """
     row = tl.program_id(0) * ROWS
     rows = row + tl.arange(0, ROWS)
-    target = tl.load(targets + rows, mask=rows < n_rows, other=-1).to(tl.int32)
+    target = tl.load(targets + rows, mask=rows < n_rows, other=-1).to(tl.int32)[:, None]
+    columns = tl.arange(0, COLUMNS)[None, :]  # of a tile
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     chosen = tl.full([ROWS], float("-inf"), tl.float32)
@@ -179,9 +180,8 @@ def statistics_kernel(
         logits = logits_of_tile(
             resid, W_U, row, column, n_rows, d_model, width, ROWS, COLUMNS, DEPTH
         )
-        columns = column + tl.arange(0, COLUMNS)[None, :]
-        logits = tl.where(columns < d_vocab, logits, float("-inf"))
-        of_target = tl.where(columns == target[:, None], logits, float("-inf"))
+        logits = tl.where(columns < d_vocab - column, logits, float("-inf"))
+        of_target = tl.where(columns == target - column, logits, float("-inf"))
         chosen = tl.maximum(chosen, tl.max(of_target, axis=1))
         larger = tl.maximum(largest, tl.max(logits, axis=1))
         total *= tl.exp(largest - larger)
@@ -202,6 +202,7 @@ def dlogits_kernel(
     """Gradient by the logits, [row, width], 0 in the padding; scale is weight / sum."""
     row = tl.program_id(0) * ROWS
     rows = row + tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)[None, :]  # of a tile
     inside = rows < n_rows
     target = tl.load(targets + rows, mask=inside, other=-1).to(tl.int32)[:, None]
     largest = tl.load(largest_ptr + rows, mask=inside, other=0.0)[:, None]
@@ -212,14 +213,14 @@ def dlogits_kernel(
         logits = logits_of_tile(
             resid, W_U, row, column, n_rows, d_model, width, ROWS, COLUMNS, DEPTH
         )
-        columns = column + tl.arange(0, COLUMNS)[None, :]
-        gradient = tl.exp(logits - largest) * scale - tl.where(columns == target, weight, 0.0)
-        gradient = tl.where(columns < d_vocab, gradient, 0.0)
+        gradient = tl.exp(logits - largest) * scale
+        gradient = tl.where(columns == target - column, gradient - weight, gradient)
+        gradient = tl.where(columns < d_vocab - column, gradient, 0.0)
         if isinstance(dlogits, tl.tensor_descriptor):
             dlogits.store([row, column], gradient.to(dlogits.dtype))
         else:
-            at = dlogits + rows[:, None].to(tl.int64) * width + columns
-            stored = inside[:, None] & (columns < width)
+            at = dlogits + rows[:, None].to(tl.int64) * width + column + columns
+            stored = inside[:, None] & (column + columns < width)
             tl.store(at, gradient.to(dlogits.dtype.element_ty), mask=stored)
 
 

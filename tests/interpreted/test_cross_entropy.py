@@ -157,10 +157,10 @@ FAULTS = {
     "the sum is not rescaled": ("total *= tl.exp(largest - larger)", "pass"),
     "the largest logit is the last tile's": ("largest = larger", "largest = tl.max(logits, 1)"),
     "padding counts as logits": ('logits, float("-inf"))\n        of', "logits, 0.0)\n        of"),
-    "the vocabulary is shifted": ("columns == target[:, None]", "columns == target[:, None] + 1"),
+    "the vocabulary is shifted": ("columns == target - column", "columns == target - column + 1"),
     "the last share is left out": ("tl.program_id(1) * share\n    for", "share\n    for"),
-    "the target is not subtracted": ("weight, 0.0)\n", "0.0, 0.0)\n"),
-    "the weight counts twice": ("* scale -", "* scale * weight -"),
+    "the target is not subtracted": ("gradient - weight", "gradient"),
+    "the weight counts twice": ("* scale\n", "* scale * weight\n"),
     "a slice is read twice": ("resid, row, depth, n_rows", "resid, row, depth // 2, n_rows"),
     "rows are shifted": ("weight_ptr + rows", "weight_ptr + rows + 1"),
 }
