@@ -70,7 +70,7 @@ def test_a_tile_too_large_for_the_registers_is_seen_to_spill():
     run = python(
         "-c",
         "from tests.compiled_kernels import compiled_by, cross_entropy_triton as module\n"
-        "module.TILES[80, 2] = (128, 128, 32, 4, 4)\n"  # half of the warps
+        "module.TILES[80, 2] = (256, 128, 16, 4, 1)\n"
         "print(*compiled_by('loss bfloat16', 80)[0].faults())",
     )
     assert "spills" in run.stdout, run.stderr
