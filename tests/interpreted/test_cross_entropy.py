@@ -22,7 +22,7 @@ def small_tiles(monkeypatch):
 
 
 def inputs(n_rows, d_model, d_vocab, dtype=torch.float32, scale=1.0):
-    """Logits of about that size."""
+    """For logits of about that size."""
     generator = torch.Generator().manual_seed(0)
     resid = torch.randn(n_rows, d_model, generator=generator).to(dtype)
     W_U = torch.randn(d_model, d_vocab, generator=generator) * scale * d_model**-0.5
@@ -33,7 +33,7 @@ def losses_and_gradients(kernels, resid, W_U, targets, rows=None):
     """Losses, dresid and dW_U of a sum in which every row has a weight of its own."""
     resid, W_U = (matrix.detach().requires_grad_() for matrix in (resid, W_U))
     losses = linear_cross_entropy(resid, W_U, targets, kernels, rows)
-    weight = torch.linspace(-1, 2, len(losses)).to(losses.dtype)
+    weight = torch.linspace(-1, 2, len(losses)).to(losses)
     return [losses.detach(), *torch.autograd.grad((losses * weight).sum(), (resid, W_U))]
 
 
