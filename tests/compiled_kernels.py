@@ -2,6 +2,7 @@
 
     python -m tests.compiled_kernels            compiles, checks, prints the table
     python -m tests.compiled_kernels --write    and writes it: the file that the test compares with
+    python -m tests.compiled_kernels --quick    leaves out most of float32, as the test does
 
 The library's own functions run on small CPU tensors while Triton is told that the GPU is an A100
 (80), an H100 or H200 (90) or a B200 (100), and every launch stops after compiling. So what is
@@ -24,6 +25,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import re
@@ -39,7 +41,7 @@ from triton.runtime.cache import get_cache_manager
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from kernels import cross_entropy_triton
+from kernels import attention_triton, cross_entropy_triton, frozen_triton
 
 ARCHITECTURES = (80, 90, 100)
 TABLE = Path(__file__).with_name(f"compiled_kernels_{triton.__version__}.txt")
@@ -122,20 +124,66 @@ HEADER = (
 )
 
 
-# --- what to run: a case calls the library's functions as a user would
+# --- what to run: cases call the library's functions as a user would
 
 
-def loss(dtype, d_vocab):
+def loss(dtype):
     resid = torch.zeros(256, 64, dtype=dtype, requires_grad=True)
-    W_U = torch.zeros(64, d_vocab, dtype=dtype, requires_grad=True)
+    W_U = torch.zeros(64, 1024, dtype=dtype, requires_grad=True)
     targets = torch.zeros(256, dtype=torch.long)
     cross_entropy_triton.linear_cross_entropy(resid, W_U, targets).sum().backward()
 
 
-CASES = {
-    f"loss {str(dtype).removeprefix('torch.')}": functools.partial(loss, dtype, 1024)
-    for dtype in (torch.float32, torch.bfloat16)
-}
+def heads(d_head, dtype, *shape):
+    """Queries, keys or values as the model makes them: [..., head, pos, d_head], a view of
+    [..., pos, head, d_head].
+    """
+    x = torch.zeros(*shape, 2, 256, 2, d_head, dtype=dtype, requires_grad=True)
+    return x.transpose(-3, -2)
+
+
+def attention(d_head, dtype, smear=False, windows=None):
+    q, k, v = (heads(d_head, dtype) for _ in range(3))
+    alpha = torch.zeros(2, requires_grad=True) if smear else None
+    z, _ = attention_triton.attention(q, k, v, alpha, windows)
+    z.sum().backward()
+
+
+@torch.no_grad()
+def fused_smear(d_head, dtype, windows):
+    q, k, v = (heads(d_head, dtype) for _ in range(3))
+    attention_triton.attention(q, k, v, torch.zeros(2), windows, fused_smear=True)
+
+
+@torch.no_grad()
+def recorded(d_head, dtype, windows):
+    """What is done with the recorded pattern of another run."""
+    q, k, values = heads(d_head, dtype), heads(d_head, dtype), heads(d_head, dtype, 8)
+    lse, tokens = torch.zeros(2, 2, 256), torch.zeros(2, 256, dtype=torch.long)
+    frozen_triton.frozen_attention(q, k, lse, values, None, windows)
+    frozen_triton.head_mass(q, k, lse, tokens, None, windows)
+    frozen_triton.index_attention(tokens[:, None].expand(2, 2, 256), values)
+
+
+def all_cases():
+    """Every shipped configuration; with the head sizes that models have, 64 and 128, also without
+    what windows and smeared keys add.
+    """
+    windows = (5, 100)
+    for dtype in (torch.bfloat16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        yield f"loss {name}", functools.partial(loss, dtype)
+        for d_head in (16, 32, 64, 128):
+            of = functools.partial(functools.partial, d_head=d_head, dtype=dtype, windows=windows)
+            yield f"{name} {d_head} windows smeared", of(attention, smear=True)
+            yield f"{name} {d_head} windows recorded", of(recorded)
+            if d_head >= 64 and dtype == torch.bfloat16:
+                yield f"{name} {d_head} windows fused smear", of(fused_smear)
+                yield f"{name} {d_head}", of(attention, windows=None)
+
+
+CASES = dict(all_cases())
+SLOW_CASES = {name for name in CASES if re.match("float32 (16|32|128)", name)}
 
 
 # --- compiling without a GPU
@@ -163,8 +211,9 @@ class PretendedGPU:
         return name
 
 
-def compiled_by(case, arch):
-    """Resources of the kernels that the case launches, each once, in order."""
+def compiled_by(arch_and_case):
+    """Resources of the kernels that the case launches on that GPU, each once, in order."""
+    arch, case = arch_and_case
     launch, kernels = JITFunction.run, {}
 
     def compile_only(self, *args, grid, warmup, **options):
@@ -226,12 +275,14 @@ def machine_code_counts(cubin):
     return counts
 
 
-def compile_everything():
+def compile_everything(cases):
     """Resources of all kernels, in the order of the table."""
-    arches, cases = zip(*((arch, case) for arch in ARCHITECTURES for case in CASES), strict=True)
+    torch.set_num_threads(1)
+    triton.knobs.compilation.disable_line_info = True  # half of the files; the code is the same
+    work = itertools.product(ARCHITECTURES, cases)
     fork = multiprocessing.get_context("fork")
     with concurrent.futures.ProcessPoolExecutor(WORKERS, mp_context=fork) as pool:
-        return [row for rows in pool.map(compiled_by, cases, arches) for row in rows]
+        return [row for rows in pool.map(compiled_by, work) for row in rows]
 
 
 def main():
@@ -239,9 +290,9 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
+    parser.add_argument("--quick", action="store_true", help="leave out most of float32")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = compile_everything()
+    rows = compile_everything(name for name in CASES if not (args.quick and name in SLOW_CASES))
     table = "\n".join([f"Triton {triton.__version__}", HEADER, *(row.line() for row in rows)])
     print(table)
     faults = [f"{row.line()}\n    {fault}" for row in rows for fault in row.faults()]
