@@ -48,19 +48,22 @@ LOWEST = tl.constexpr(-1e30)  # finite: all keys of a tile may be hidden, and in
 
 # BLOCK_QUERY, BLOCK_KEY, num_warps, num_stages by architecture, kernel and d_head
 CONFIGS = {
-    **{(arch, f"{kernel} float32"): {d: (32, 32, 4, 2) for d in (16,32,64,128)} for arch in (80,90,100) for kernel in ("forward","dquery","dkey")},
     (80, "forward"): {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (128, 64, 8, 2)},
     (80, "dquery"): {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2)},
     (80, "dkey"): {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2)},
     (90, "forward"): {16: (128, 64, 8, 3), 32: (128, 64, 8, 3), 64: (128, 128, 8, 3), 128: (128, 128, 8, 2)},
     (90, "dquery"): {16: (128, 64, 8, 2), 32: (128, 64, 8, 2), 64: (128, 64, 8, 2), 128: (128, 64, 8, 2)},
-    (90, "dkey"): {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 128, 8, 2), 128: (64, 64, 8, 3)},
+    (90, "dkey"): {16: (64, 128, 8, 2), 32: (64, 128, 8, 2), 64: (64, 128, 8, 2), 128: (64, 64, 8, 3)},
+    (100, "forward"): {16: (128, 64, 8, 3), 32: (128, 64, 8, 3), 64: (128, 128, 8, 3), 128: (128, 128, 8, 2)},
+    (100, "dquery"): {16: (128, 64, 8, 2), 32: (128, 64, 8, 2), 64: (128, 64, 8, 2), 128: (128, 64, 8, 2)},
+    (100, "dkey"): {16: (64, 128, 8, 2), 32: (64, 128, 8, 2), 64: (64, 128, 8, 2), 128: (64, 64, 8, 3)},
+    **{(arch, f"{kernel} float32"): {d: (32, 32, 4, 2) for d in (16,32,64,128)} for arch in (80,90,100) for kernel in ("forward","dquery","dkey")},
 }  # fmt: skip
 ROWS = 64  # of a block in the kernels that only read and write
 
 
 @triton.jit
-def _place(n_heads, n_ctx, BLOCK: tl.constexpr):
+def place(n_heads, n_ctx, BLOCK: tl.constexpr):
     """This program's block, batch row and head."""
     n_blocks = tl.cdiv(n_ctx, BLOCK)
     row = tl.program_id(0) // n_blocks
@@ -68,7 +71,7 @@ def _place(n_heads, n_ctx, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _rows(x, strides, batch, head, first, BLOCK: tl.constexpr, D_HEAD: tl.constexpr):
+def row_pointers(x, strides, batch, head, first, BLOCK: tl.constexpr, D_HEAD: tl.constexpr):
     """Pointers to BLOCK rows of a head from position `first` on, [BLOCK, D_HEAD]."""
     x += batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
     pos = first + tl.arange(0, BLOCK)
@@ -76,29 +79,29 @@ def _rows(x, strides, batch, head, first, BLOCK: tl.constexpr, D_HEAD: tl.conste
 
 
 @triton.jit
-def _inside(first, n_ctx, BLOCK: tl.constexpr):
+def rows_inside(first, n_ctx, BLOCK: tl.constexpr):
     """Which of the positions from `first` on exist, [BLOCK, 1]."""
     pos = first + tl.arange(0, BLOCK)[:, None]
     return (pos >= 0) & (pos < n_ctx)
 
 
 @triton.jit
-def _load(x, strides, batch, head, first, n_ctx, BLOCK: tl.constexpr, D_HEAD: tl.constexpr):
+def load_rows(x, strides, batch, head, first, n_ctx, BLOCK: tl.constexpr, D_HEAD: tl.constexpr):
     """Those rows; 0 where there is no such position. x: a pointer or a tensor descriptor."""
     if isinstance(x, tl.tensor_descriptor):
         return x.load([batch, head, first, 0]).reshape(BLOCK, D_HEAD)
     else:
-        at = _rows(x, strides, batch, head, first, BLOCK, D_HEAD)
-        return tl.load(at, mask=_inside(first, n_ctx, BLOCK), other=0.0)
+        at = row_pointers(x, strides, batch, head, first, BLOCK, D_HEAD)
+        return tl.load(at, mask=rows_inside(first, n_ctx, BLOCK), other=0.0)
 
 
 @triton.jit
-def _visible(queries, keys, window):
+def visible(queries, keys, window):
     return (keys <= queries) & (keys > queries - window)
 
 
 @triton.jit
-def _key_stretches(first_query, window, n_ctx, BLOCK_QUERY: tl.constexpr, BLOCK_KEY: tl.constexpr):
+def key_stretches(first_query, window, n_ctx, BLOCK_QUERY: tl.constexpr, BLOCK_KEY: tl.constexpr):
     """Where the three stretches of a walk along the keys begin and end: left edge, whole, diagonal.
 
     The second is the tiles of which every query of the block sees every key.
@@ -112,7 +115,7 @@ def _key_stretches(first_query, window, n_ctx, BLOCK_QUERY: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def _query_stretches(first_key, window, n_ctx, BLOCK_QUERY: tl.constexpr, BLOCK_KEY: tl.constexpr):
+def query_stretches(first_key, window, n_ctx, BLOCK_QUERY: tl.constexpr, BLOCK_KEY: tl.constexpr):
     """The same for a walk along the queries: diagonal, whole, and the right edge, which is the
     window's or the end of the text.
     """
@@ -130,7 +133,7 @@ def _forward_kernel(
     n_heads, n_ctx, scale,
     D_HEAD: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_KEY: tl.constexpr,
 ):  # fmt: skip
-    block, batch, head = _place(n_heads, n_ctx, BLOCK_QUERY)
+    block, batch, head = place(n_heads, n_ctx, BLOCK_QUERY)
     # the longest walks start first, so that none is left over at the end
     first_query = (tl.cdiv(n_ctx, BLOCK_QUERY) - 1 - block) * BLOCK_QUERY
     queries = first_query + tl.arange(0, BLOCK_QUERY)
@@ -138,36 +141,38 @@ def _forward_kernel(
     share = None if alpha is None else tl.sigmoid(tl.load(alpha + head).to(tl.float32))
     scale *= LOG2_E
 
-    q = _load(q, q_strides, batch, head, first_query, n_ctx, BLOCK_QUERY, D_HEAD)
+    q = load_rows(q, q_strides, batch, head, first_query, n_ctx, BLOCK_QUERY, D_HEAD)
     highest = tl.full([BLOCK_QUERY], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_QUERY], tl.float32)
     weighted = tl.zeros([BLOCK_QUERY, D_HEAD], tl.float32)
-    bounds = _key_stretches(first_query, window, n_ctx, BLOCK_QUERY, BLOCK_KEY)
+    bounds = key_stretches(first_query, window, n_ctx, BLOCK_QUERY, BLOCK_KEY)
     for stretch in tl.static_range(1 if windows is None else 0, 3):
         for first_key in tl.range(bounds[stretch], bounds[stretch + 1], BLOCK_KEY):
             keys = first_key + tl.arange(0, BLOCK_KEY)
-            k_tile = _load(k, k_strides, batch, head, first_key, n_ctx, BLOCK_KEY, D_HEAD)
-            scores = tl.dot(q, k_tile.T, input_precision="ieee")
+            k_tile = load_rows(k, k_strides, batch, head, first_key, n_ctx, BLOCK_KEY, D_HEAD)
+            scores = tl.dot(q, k_tile.T, input_precision="tf32x3")
             if alpha is not None:
-                before = _load(k, k_strides, batch, head, first_key - 1, n_ctx, BLOCK_KEY, D_HEAD)
-                scores_before = tl.dot(q, before.T, input_precision="ieee")
+                before = load_rows(
+                    k, k_strides, batch, head, first_key - 1, n_ctx, BLOCK_KEY, D_HEAD
+                )
+                scores_before = tl.dot(q, before.T, input_precision="tf32x3")
                 own = tl.where(keys == 0, 1.0, share)[None, :]
                 scores = scores_before + own * (scores - scores_before)
             if stretch != 1:
-                seen = _visible(queries[:, None], keys[None, :], window)
+                seen = visible(queries[:, None], keys[None, :], window)
                 scores = tl.where(seen, scores, float("-inf"))
             new_highest = tl.maximum(highest, tl.max(scores, axis=1) * scale)
             pattern = tl.exp2(scores * scale - new_highest[:, None])
             shrink = tl.exp2(highest - new_highest)
             total = total * shrink + tl.sum(pattern, axis=1)
-            v_tile = _load(v, v_strides, batch, head, first_key, n_ctx, BLOCK_KEY, D_HEAD)
+            v_tile = load_rows(v, v_strides, batch, head, first_key, n_ctx, BLOCK_KEY, D_HEAD)
             weighted *= shrink[:, None]
-            weighted = tl.dot(pattern.to(v_tile.dtype), v_tile, weighted, input_precision="ieee")
+            weighted = tl.dot(pattern.to(v_tile.dtype), v_tile, weighted, input_precision="tf32x3")
             highest = new_highest
 
-    at = _rows(z, z_strides, batch, head, first_query, BLOCK_QUERY, D_HEAD)
+    at = row_pointers(z, z_strides, batch, head, first_query, BLOCK_QUERY, D_HEAD)
     weighted /= total[:, None]
-    tl.store(at, weighted.to(z.dtype.element_ty), mask=_inside(first_query, n_ctx, BLOCK_QUERY))
+    tl.store(at, weighted.to(z.dtype.element_ty), mask=rows_inside(first_query, n_ctx, BLOCK_QUERY))
     lse += (batch.to(tl.int64) * n_heads + head) * n_ctx
     tl.store(lse + queries, (highest + tl.log2(total)) * LN_2, mask=queries < n_ctx)
 
@@ -178,38 +183,38 @@ def _dquery_kernel(
     lse, delta, windows, n_heads, n_ctx, scale,
     D_HEAD: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_KEY: tl.constexpr,
 ):  # fmt: skip
-    block, batch, head = _place(n_heads, n_ctx, BLOCK_QUERY)
+    block, batch, head = place(n_heads, n_ctx, BLOCK_QUERY)
     first_query = (tl.cdiv(n_ctx, BLOCK_QUERY) - 1 - block) * BLOCK_QUERY
     queries = first_query + tl.arange(0, BLOCK_QUERY)
     window = UNLIMITED if windows is None else tl.load(windows + head)
 
-    q = _load(q, q_strides, batch, head, first_query, n_ctx, BLOCK_QUERY, D_HEAD)
-    dz = _load(dz, dz_strides, batch, head, first_query, n_ctx, BLOCK_QUERY, D_HEAD)
-    z = _load(z, z_strides, batch, head, first_query, n_ctx, BLOCK_QUERY, D_HEAD)
+    q = load_rows(q, q_strides, batch, head, first_query, n_ctx, BLOCK_QUERY, D_HEAD)
+    dz = load_rows(dz, dz_strides, batch, head, first_query, n_ctx, BLOCK_QUERY, D_HEAD)
+    z = load_rows(z, z_strides, batch, head, first_query, n_ctx, BLOCK_QUERY, D_HEAD)
     row = (batch.to(tl.int64) * n_heads + head) * n_ctx
     lse = tl.load(lse + row + queries, mask=queries < n_ctx, other=0.0) * LOG2_E
     own_delta = tl.sum(dz.to(tl.float32) * z.to(tl.float32), axis=1)
     tl.store(delta + row + queries, own_delta, mask=queries < n_ctx)
 
     dq_tile = tl.zeros([BLOCK_QUERY, D_HEAD], tl.float32)
-    bounds = _key_stretches(first_query, window, n_ctx, BLOCK_QUERY, BLOCK_KEY)
+    bounds = key_stretches(first_query, window, n_ctx, BLOCK_QUERY, BLOCK_KEY)
     for stretch in tl.static_range(1 if windows is None else 0, 3):
         for first_key in tl.range(bounds[stretch], bounds[stretch + 1], BLOCK_KEY):
             keys = first_key + tl.arange(0, BLOCK_KEY)
-            k_tile = _load(k, k_strides, batch, head, first_key, n_ctx, BLOCK_KEY, D_HEAD)
-            v_tile = _load(v, v_strides, batch, head, first_key, n_ctx, BLOCK_KEY, D_HEAD)
-            scores = tl.dot(q, k_tile.T, input_precision="ieee")
+            k_tile = load_rows(k, k_strides, batch, head, first_key, n_ctx, BLOCK_KEY, D_HEAD)
+            v_tile = load_rows(v, v_strides, batch, head, first_key, n_ctx, BLOCK_KEY, D_HEAD)
+            scores = tl.dot(q, k_tile.T, input_precision="tf32x3")
             pattern = tl.exp2(scores * (scale * LOG2_E) - lse[:, None])
             if stretch != 1:
-                seen = _visible(queries[:, None], keys[None, :], window)
+                seen = visible(queries[:, None], keys[None, :], window)
                 pattern = tl.where(seen, pattern, 0.0)
-            dpattern = tl.dot(dz, v_tile.T, input_precision="ieee")
+            dpattern = tl.dot(dz, v_tile.T, input_precision="tf32x3")
             dscores = (pattern * (dpattern - own_delta[:, None])).to(k_tile.dtype)
-            dq_tile = tl.dot(dscores, k_tile, dq_tile, input_precision="ieee")
+            dq_tile = tl.dot(dscores, k_tile, dq_tile, input_precision="tf32x3")
 
-    at = _rows(dq, dq_strides, batch, head, first_query, BLOCK_QUERY, D_HEAD)
+    at = row_pointers(dq, dq_strides, batch, head, first_query, BLOCK_QUERY, D_HEAD)
     dq_tile *= scale
-    tl.store(at, dq_tile.to(dq.dtype.element_ty), mask=_inside(first_query, n_ctx, BLOCK_QUERY))
+    tl.store(at, dq_tile.to(dq.dtype.element_ty), mask=rows_inside(first_query, n_ctx, BLOCK_QUERY))
 
 
 @triton.jit
@@ -219,39 +224,41 @@ def _dkey_kernel(
     D_HEAD: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_KEY: tl.constexpr,
 ):  # fmt: skip
     """dkey' and dvalue. Scores are [key, query] here."""
-    block, batch, head = _place(n_heads, n_ctx, BLOCK_KEY)
+    block, batch, head = place(n_heads, n_ctx, BLOCK_KEY)
     first_key = block * BLOCK_KEY
     keys = first_key + tl.arange(0, BLOCK_KEY)
     window = UNLIMITED if windows is None else tl.load(windows + head)
     row = (batch.to(tl.int64) * n_heads + head) * n_ctx
 
-    k = _load(k, k_strides, batch, head, first_key, n_ctx, BLOCK_KEY, D_HEAD)
-    v = _load(v, v_strides, batch, head, first_key, n_ctx, BLOCK_KEY, D_HEAD)
+    k = load_rows(k, k_strides, batch, head, first_key, n_ctx, BLOCK_KEY, D_HEAD)
+    v = load_rows(v, v_strides, batch, head, first_key, n_ctx, BLOCK_KEY, D_HEAD)
     dk_tile = tl.zeros([BLOCK_KEY, D_HEAD], tl.float32)
     dv_tile = tl.zeros([BLOCK_KEY, D_HEAD], tl.float32)
-    bounds = _query_stretches(first_key, window, n_ctx, BLOCK_QUERY, BLOCK_KEY)
+    bounds = query_stretches(first_key, window, n_ctx, BLOCK_QUERY, BLOCK_KEY)
     for stretch in tl.static_range(3):
         for first_query in tl.range(bounds[stretch], bounds[stretch + 1], BLOCK_QUERY):
             queries = first_query + tl.arange(0, BLOCK_QUERY)
-            q_tile = _load(q, q_strides, batch, head, first_query, n_ctx, BLOCK_QUERY, D_HEAD)
-            dz_tile = _load(dz, dz_strides, batch, head, first_query, n_ctx, BLOCK_QUERY, D_HEAD)
+            q_tile = load_rows(q, q_strides, batch, head, first_query, n_ctx, BLOCK_QUERY, D_HEAD)
+            dz_tile = load_rows(
+                dz, dz_strides, batch, head, first_query, n_ctx, BLOCK_QUERY, D_HEAD
+            )
             # a query past the end has no pattern: exp(score - inf) = 0
             lse_tile = tl.load(lse + row + queries, mask=queries < n_ctx, other=float("inf"))
             delta_tile = tl.load(delta + row + queries, mask=queries < n_ctx, other=0.0)
-            scores = tl.dot(k, q_tile.T, input_precision="ieee")
+            scores = tl.dot(k, q_tile.T, input_precision="tf32x3")
             pattern = tl.exp2(scores * (scale * LOG2_E) - lse_tile[None, :] * LOG2_E)
             if stretch != 1:
-                seen = _visible(queries[None, :], keys[:, None], window)
+                seen = visible(queries[None, :], keys[:, None], window)
                 pattern = tl.where(seen, pattern, 0.0)
-            dv_tile = tl.dot(pattern.to(dz_tile.dtype), dz_tile, dv_tile, input_precision="ieee")
-            dpattern = tl.dot(v, dz_tile.T, input_precision="ieee")
+            dv_tile = tl.dot(pattern.to(dz_tile.dtype), dz_tile, dv_tile, input_precision="tf32x3")
+            dpattern = tl.dot(v, dz_tile.T, input_precision="tf32x3")
             dscores = (pattern * (dpattern - delta_tile[None, :])).to(q_tile.dtype)
-            dk_tile = tl.dot(dscores, q_tile, dk_tile, input_precision="ieee")
+            dk_tile = tl.dot(dscores, q_tile, dk_tile, input_precision="tf32x3")
 
-    inside = _inside(first_key, n_ctx, BLOCK_KEY)
-    at = _rows(dk, dk_strides, batch, head, first_key, BLOCK_KEY, D_HEAD)
+    inside = rows_inside(first_key, n_ctx, BLOCK_KEY)
+    at = row_pointers(dk, dk_strides, batch, head, first_key, BLOCK_KEY, D_HEAD)
     tl.store(at, (dk_tile * scale).to(dk.dtype.element_ty), mask=inside)
-    at = _rows(dv, dv_strides, batch, head, first_key, BLOCK_KEY, D_HEAD)
+    at = row_pointers(dv, dv_strides, batch, head, first_key, BLOCK_KEY, D_HEAD)
     tl.store(at, dv_tile.to(dv.dtype.element_ty), mask=inside)
 
 
@@ -260,15 +267,15 @@ def _smear_kernel(
     k, k_strides, smeared, smeared_strides, alpha, n_heads, n_ctx,
     D_HEAD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    block, batch, head = _place(n_heads, n_ctx, ROWS)
+    block, batch, head = place(n_heads, n_ctx, ROWS)
     first = block * ROWS
     share = tl.sigmoid(tl.load(alpha + head).to(tl.float32))
-    key = _load(k, k_strides, batch, head, first, n_ctx, ROWS, D_HEAD).to(tl.float32)
-    before = _load(k, k_strides, batch, head, first - 1, n_ctx, ROWS, D_HEAD).to(tl.float32)
+    key = load_rows(k, k_strides, batch, head, first, n_ctx, ROWS, D_HEAD).to(tl.float32)
+    before = load_rows(k, k_strides, batch, head, first - 1, n_ctx, ROWS, D_HEAD).to(tl.float32)
     own = tl.where(first + tl.arange(0, ROWS) == 0, 1.0, share)[:, None]
     blend = before + own * (key - before)
-    at = _rows(smeared, smeared_strides, batch, head, first, ROWS, D_HEAD)
-    tl.store(at, blend.to(smeared.dtype.element_ty), mask=_inside(first, n_ctx, ROWS))
+    at = row_pointers(smeared, smeared_strides, batch, head, first, ROWS, D_HEAD)
+    tl.store(at, blend.to(smeared.dtype.element_ty), mask=rows_inside(first, n_ctx, ROWS))
 
 
 @triton.jit
@@ -277,18 +284,18 @@ def _unsmear_kernel(
     D_HEAD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """A key's gradient from the two smeared keys it is part of, and the block's part of alpha's."""
-    block, batch, head = _place(n_heads, n_ctx, ROWS)
+    block, batch, head = place(n_heads, n_ctx, ROWS)
     first = block * ROWS
     share = tl.sigmoid(tl.load(alpha + head).to(tl.float32))
     untouched = (first + tl.arange(0, ROWS) == 0)[:, None]
-    here = _load(dsmeared, dsmeared_strides, batch, head, first, n_ctx, ROWS, D_HEAD)
-    after = _load(dsmeared, dsmeared_strides, batch, head, first + 1, n_ctx, ROWS, D_HEAD)
+    here = load_rows(dsmeared, dsmeared_strides, batch, head, first, n_ctx, ROWS, D_HEAD)
+    after = load_rows(dsmeared, dsmeared_strides, batch, head, first + 1, n_ctx, ROWS, D_HEAD)
     gradient = tl.where(untouched, 1.0, share) * here + (1 - share) * after
-    at = _rows(dk, dk_strides, batch, head, first, ROWS, D_HEAD)
-    tl.store(at, gradient.to(dk.dtype.element_ty), mask=_inside(first, n_ctx, ROWS))
+    at = row_pointers(dk, dk_strides, batch, head, first, ROWS, D_HEAD)
+    tl.store(at, gradient.to(dk.dtype.element_ty), mask=rows_inside(first, n_ctx, ROWS))
 
-    key = _load(k, k_strides, batch, head, first, n_ctx, ROWS, D_HEAD).to(tl.float32)
-    before = _load(k, k_strides, batch, head, first - 1, n_ctx, ROWS, D_HEAD).to(tl.float32)
+    key = load_rows(k, k_strides, batch, head, first, n_ctx, ROWS, D_HEAD).to(tl.float32)
+    before = load_rows(k, k_strides, batch, head, first - 1, n_ctx, ROWS, D_HEAD).to(tl.float32)
     by_share = tl.sum(tl.where(untouched, 0.0, here * (key - before)))
     tl.store(dalpha + tl.program_id(0), by_share * share * (1 - share))
 
@@ -317,7 +324,7 @@ class _Attention(torch.autograd.Function):
         smeared_before = alpha is not None and not fused_smear
         keys = smear_keys(k, alpha) if smeared_before else k
         z, lse = empty_rows(v), v.new_empty(v.shape[:3], dtype=torch.float32)
-        config = launch_config("forward", q)
+        config = launch_config(CONFIGS, "forward", q)
         _forward_kernel[programs(q, config["BLOCK_QUERY"])](
             *rows(q), *tiles(keys, config["BLOCK_KEY"]), *tiles(v, config["BLOCK_KEY"]), *rows(z),
             lse, alpha if fused_smear else None, ctx.windows, n_heads, n_ctx, scale, d_head,
@@ -339,12 +346,12 @@ class _Attention(torch.autograd.Function):
         dkeys = empty_rows(k, k.dtype if alpha is None else torch.float32)
         sizes = ctx.windows, n_heads, n_ctx, ctx.scale, d_head
 
-        config = launch_config("dquery", q)
+        config = launch_config(CONFIGS, "dquery", q)
         _dquery_kernel[programs(q, config["BLOCK_QUERY"])](
             *rows(q), *tiles(keys, config["BLOCK_KEY"]), *tiles(v, config["BLOCK_KEY"]), *rows(z),
             *rows(dz), *rows(dq), lse, delta, *sizes, **config,
         )  # fmt: skip
-        config = launch_config("dkey", q)
+        config = launch_config(CONFIGS, "dkey", q)
         _dkey_kernel[programs(q, config["BLOCK_KEY"])](
             *tiles(q, config["BLOCK_QUERY"]), *rows(keys), *rows(v),
             *tiles(dz, config["BLOCK_QUERY"]), *rows(dkeys), *rows(dv), lse, delta, *sizes,
@@ -370,12 +377,11 @@ def smear_keys(k, alpha):
     return smeared
 
 
-def launch_config(kernel, x):
-    """How to start a kernel on this GPU for inputs like x: block sizes, warps, stages."""
-    names = "BLOCK_QUERY", "BLOCK_KEY", "num_warps", "num_stages"
+def launch_config(configs, kernel, x):
+    """How to start a kernel on this GPU for heads like those of x: block sizes, warps, stages."""
     kernel = f"{kernel} float32" if x.dtype == torch.float32 else kernel
-    values = CONFIGS[architecture(), kernel][x.shape[-1]]
-    return dict(zip(names, values, strict=True))
+    names = "BLOCK_QUERY", "BLOCK_KEY", "num_warps", "num_stages", "GROUP"
+    return dict(zip(names, configs[architecture(), kernel][x.shape[-1]], strict=False))
 
 
 def architecture():
@@ -423,8 +429,8 @@ def empty_rows(x, dtype=None):
     """Memory for a [batch, head, pos, d_head], laid out [batch, pos, head, d_head]: as projections
     make their inputs and want their outputs.
     """
-    batch, n_heads, n_ctx, d_head = x.shape
-    return x.new_empty(batch, n_ctx, n_heads, d_head, dtype=dtype).transpose(1, 2)
+    *batch, n_heads, n_ctx, d_head = x.shape
+    return x.new_empty(*batch, n_ctx, n_heads, d_head, dtype=dtype).transpose(-3, -2)
 
 
 def window_tensor(windows, q):
