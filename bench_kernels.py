@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import metrics
 from kernels import attention as ops
 from kernels.cross_entropy import linear_cross_entropy
+from parallel import AVAILABLE_CORES
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}  # of every output, relative
 INPUT_BYTES = 256 * 2**20  # of all sets of inputs: more than any cache holds
@@ -61,6 +62,7 @@ class Comparison:
 
 def rows(what, device, dtype, seconds):
     """Checks and times the comparisons of one op; yields a record for each contender."""
+    torch.set_num_threads(AVAILABLE_CORES)
     compiler.donated_buffer = False  # compiled graphs go backward more than once
     ceiling = matmul_ceiling(device, dtype)
     comparisons = list(COMPARISONS[what](device))

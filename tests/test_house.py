@@ -17,7 +17,16 @@ ALLOWED = {
     "model": {"safety", "kernels"},
     "snapshots": {"safety", "model"},
     "records": {"safety", "snapshots"},
-    "evaluate": {"safety", "parallel", "metrics", "data", "corpora", "snapshots", "records"},
+    "evaluate": {
+        "safety",
+        "parallel",
+        "metrics",
+        "data",
+        "corpora",
+        "kernels",
+        "snapshots",
+        "records",
+    },
     "progress": {"model", "evaluate"},
     "train": {
         "progress",
@@ -30,7 +39,19 @@ ALLOWED = {
         "records",
         "evaluate",
     },
-    "bench": {"progress", "safety", "parallel", "data", "corpora", "model", "train", "kernels"},
+    "bench_kernels": {"parallel", "metrics", "kernels"},
+    "bench": {
+        "progress",
+        "safety",
+        "parallel",
+        "data",
+        "corpora",
+        "model",
+        "evaluate",
+        "train",
+        "kernels",
+        "bench_kernels",
+    },
     "plots": {"safety", "plots"},
 }
 
