@@ -46,18 +46,32 @@ LN_2 = tl.constexpr(0.6931471805599453)
 UNLIMITED = tl.constexpr(2**30)  # a window longer than any text
 LOWEST = tl.constexpr(-1e30)  # finite: all keys of a tile may be hidden, and inf - inf is NaN
 
-# BLOCK_QUERY, BLOCK_KEY, num_warps, num_stages by architecture, kernel and d_head
+
+def by_head_size(*configs):
+    return dict(zip((16, 32, 64, 128), configs, strict=True))
+
+
+# BLOCK_QUERY, BLOCK_KEY, num_warps, num_stages: for each architecture the largest tiles whose sums
+# stay in registers. float32, which has no tensor cores, goes by small ones on all of them.
 CONFIGS = {
-    (80, "forward"): {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (128, 64, 8, 2)},
-    (80, "dquery"): {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2)},
-    (80, "dkey"): {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2)},
-    (90, "forward"): {16: (128, 64, 8, 3), 32: (128, 64, 8, 3), 64: (128, 128, 8, 3), 128: (128, 128, 8, 2)},
-    (90, "dquery"): {16: (128, 64, 8, 2), 32: (128, 64, 8, 2), 64: (128, 64, 8, 2), 128: (128, 64, 8, 2)},
-    (90, "dkey"): {16: (64, 128, 8, 2), 32: (64, 128, 8, 2), 64: (64, 128, 8, 2), 128: (64, 64, 8, 3)},
-    (100, "forward"): {16: (128, 64, 8, 3), 32: (128, 64, 8, 3), 64: (128, 128, 8, 3), 128: (128, 128, 8, 2)},
-    (100, "dquery"): {16: (128, 64, 8, 2), 32: (128, 64, 8, 2), 64: (128, 64, 8, 2), 128: (128, 64, 8, 2)},
-    (100, "dkey"): {16: (64, 128, 8, 2), 32: (64, 128, 8, 2), 64: (64, 128, 8, 2), 128: (64, 64, 8, 3)},
-    **{(arch, f"{kernel} float32"): {d: (32, 32, 4, 2) for d in (16,32,64,128)} for arch in (80,90,100) for kernel in ("forward","dquery","dkey")},
+    (80, "forward"): by_head_size((64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 3)),
+    (80, "dquery"): by_head_size((64, 64, 4, 2), (64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 8, 2)),
+    (80, "dkey"): by_head_size((64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 2), (64, 64, 8, 2)),
+    (90, "forward"): by_head_size(
+        (128, 64, 8, 3), (128, 64, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2)
+    ),
+    (90, "dquery"): by_head_size((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
+    (90, "dkey"): by_head_size((64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 3)),
+    (100, "forward"): by_head_size(
+        (128, 64, 8, 3), (128, 64, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2)
+    ),
+    (100, "dquery"): by_head_size((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
+    (100, "dkey"): by_head_size((64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 3)),
+    ("float32", "forward"): by_head_size(
+        (16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 8, 2)
+    ),
+    ("float32", "dquery"): by_head_size((16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 8, 2)),
+    ("float32", "dkey"): by_head_size((32, 16, 4, 2), (32, 16, 4, 2), (32, 16, 4, 2), (16, 16, 4, 2)),
 }  # fmt: skip
 ROWS = 64  # of a block in the kernels that only read and write
 
@@ -150,12 +164,12 @@ def _forward_kernel(
         for first_key in tl.range(bounds[stretch], bounds[stretch + 1], BLOCK_KEY):
             keys = first_key + tl.arange(0, BLOCK_KEY)
             k_tile = load_rows(k, k_strides, batch, head, first_key, n_ctx, BLOCK_KEY, D_HEAD)
-            scores = tl.dot(q, k_tile.T, input_precision="tf32x3")
+            scores = tl.dot(q, k_tile.T, input_precision="ieee")
             if alpha is not None:
                 before = load_rows(
                     k, k_strides, batch, head, first_key - 1, n_ctx, BLOCK_KEY, D_HEAD
                 )
-                scores_before = tl.dot(q, before.T, input_precision="tf32x3")
+                scores_before = tl.dot(q, before.T, input_precision="ieee")
                 own = tl.where(keys == 0, 1.0, share)[None, :]
                 scores = scores_before + own * (scores - scores_before)
             if stretch != 1:
@@ -167,7 +181,7 @@ def _forward_kernel(
             total = total * shrink + tl.sum(pattern, axis=1)
             v_tile = load_rows(v, v_strides, batch, head, first_key, n_ctx, BLOCK_KEY, D_HEAD)
             weighted *= shrink[:, None]
-            weighted = tl.dot(pattern.to(v_tile.dtype), v_tile, weighted, input_precision="tf32x3")
+            weighted = tl.dot(pattern.to(v_tile.dtype), v_tile, weighted, input_precision="ieee")
             highest = new_highest
 
     at = row_pointers(z, z_strides, batch, head, first_query, BLOCK_QUERY, D_HEAD)
@@ -203,14 +217,14 @@ def _dquery_kernel(
             keys = first_key + tl.arange(0, BLOCK_KEY)
             k_tile = load_rows(k, k_strides, batch, head, first_key, n_ctx, BLOCK_KEY, D_HEAD)
             v_tile = load_rows(v, v_strides, batch, head, first_key, n_ctx, BLOCK_KEY, D_HEAD)
-            scores = tl.dot(q, k_tile.T, input_precision="tf32x3")
+            scores = tl.dot(q, k_tile.T, input_precision="ieee")
             pattern = tl.exp2(scores * (scale * LOG2_E) - lse[:, None])
             if stretch != 1:
                 seen = visible(queries[:, None], keys[None, :], window)
                 pattern = tl.where(seen, pattern, 0.0)
-            dpattern = tl.dot(dz, v_tile.T, input_precision="tf32x3")
+            dpattern = tl.dot(dz, v_tile.T, input_precision="ieee")
             dscores = (pattern * (dpattern - own_delta[:, None])).to(k_tile.dtype)
-            dq_tile = tl.dot(dscores, k_tile, dq_tile, input_precision="tf32x3")
+            dq_tile = tl.dot(dscores, k_tile, dq_tile, input_precision="ieee")
 
     at = row_pointers(dq, dq_strides, batch, head, first_query, BLOCK_QUERY, D_HEAD)
     dq_tile *= scale
@@ -245,15 +259,15 @@ def _dkey_kernel(
             # a query past the end has no pattern: exp(score - inf) = 0
             lse_tile = tl.load(lse + row + queries, mask=queries < n_ctx, other=float("inf"))
             delta_tile = tl.load(delta + row + queries, mask=queries < n_ctx, other=0.0)
-            scores = tl.dot(k, q_tile.T, input_precision="tf32x3")
+            scores = tl.dot(k, q_tile.T, input_precision="ieee")
             pattern = tl.exp2(scores * (scale * LOG2_E) - lse_tile[None, :] * LOG2_E)
             if stretch != 1:
                 seen = visible(queries[None, :], keys[:, None], window)
                 pattern = tl.where(seen, pattern, 0.0)
-            dv_tile = tl.dot(pattern.to(dz_tile.dtype), dz_tile, dv_tile, input_precision="tf32x3")
-            dpattern = tl.dot(v, dz_tile.T, input_precision="tf32x3")
+            dv_tile = tl.dot(pattern.to(dz_tile.dtype), dz_tile, dv_tile, input_precision="ieee")
+            dpattern = tl.dot(v, dz_tile.T, input_precision="ieee")
             dscores = (pattern * (dpattern - delta_tile[None, :])).to(q_tile.dtype)
-            dk_tile = tl.dot(dscores, q_tile, dk_tile, input_precision="tf32x3")
+            dk_tile = tl.dot(dscores, q_tile, dk_tile, input_precision="ieee")
 
     inside = rows_inside(first_key, n_ctx, BLOCK_KEY)
     at = row_pointers(dk, dk_strides, batch, head, first_key, BLOCK_KEY, D_HEAD)
@@ -305,7 +319,8 @@ def attention(q, k, v, alpha=None, windows=None, fused_smear=False):
     see `attention.attention`.
 
     q, k, v: float32, float16 or bfloat16, all three the same; head sizes up to 128. fused_smear:
-    smear in the forward kernel, exactly and without memory for it, instead of before.
+    smear in the forward kernel, without rounding to 16 bits and without memory, instead of before
+    (float32 keys lose nothing and are always smeared before).
     """
     d_head = q.shape[3]
     if d_head > 128:
@@ -321,13 +336,13 @@ class _Attention(torch.autograd.Function):
         q, k, v = readable(q), readable(k), readable(v)
         _, n_heads, n_ctx, d_head = q.shape
         ctx.windows, ctx.scale = window_tensor(windows, q), scale
-        smeared_before = alpha is not None and not fused_smear
-        keys = smear_keys(k, alpha) if smeared_before else k
+        fused = alpha if fused_smear and q.dtype != torch.float32 else None
+        keys = k if alpha is None or fused is not None else smear_keys(k, alpha)
         z, lse = empty_rows(v), v.new_empty(v.shape[:3], dtype=torch.float32)
         config = launch_config(CONFIGS, "forward", q)
         _forward_kernel[programs(q, config["BLOCK_QUERY"])](
             *rows(q), *tiles(keys, config["BLOCK_KEY"]), *tiles(v, config["BLOCK_KEY"]), *rows(z),
-            lse, alpha if fused_smear else None, ctx.windows, n_heads, n_ctx, scale, d_head,
+            lse, fused, ctx.windows, n_heads, n_ctx, scale, d_head,
             **config,
         )  # fmt: skip
         ctx.save_for_backward(q, k, v, alpha, z, lse)
@@ -379,9 +394,9 @@ def smear_keys(k, alpha):
 
 def launch_config(configs, kernel, x):
     """How to start a kernel on this GPU for heads like those of x: block sizes, warps, stages."""
-    kernel = f"{kernel} float32" if x.dtype == torch.float32 else kernel
+    on = "float32" if x.dtype == torch.float32 else architecture()
     names = "BLOCK_QUERY", "BLOCK_KEY", "num_warps", "num_stages", "GROUP"
-    return dict(zip(names, configs[architecture(), kernel][x.shape[-1]], strict=False))
+    return dict(zip(names, configs[on, kernel][x.shape[-1]], strict=False))
 
 
 def architecture():

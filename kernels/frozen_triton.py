@@ -26,6 +26,7 @@ from kernels.attention_triton import (
     LOG2_E,
     ROWS,
     UNLIMITED,
+    by_head_size,
     empty_rows,
     key_stretches,
     launch_config,
@@ -45,14 +46,24 @@ from kernels.attention_triton import (
 
 # as in attention_triton.py; the fifth number of a frozen row is GROUP
 CONFIGS = {
-    (80, "frozen"): {16: (64, 64, 4, 2, 2), 32: (64, 64, 4, 2, 2), 64: (128, 64, 8, 2, 2), 128: (64, 64, 8, 2, 1)},
-    (80, "mass"): {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 4, 2)},
-    (90, "frozen"): {16: (128, 64, 8, 3, 4), 32: (128, 64, 8, 3, 4), 64: (128, 64, 8, 3, 4), 128: (128, 64, 8, 2, 2)},
-    (90, "mass"): {16: (128, 64, 8, 3), 32: (128, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 3)},
-    (100, "frozen"): {16: (128, 64, 8, 3, 4), 32: (128, 64, 8, 3, 4), 64: (128, 64, 8, 3, 4), 128: (128, 64, 8, 2, 2)},
-    (100, "mass"): {16: (128, 64, 8, 3), 32: (128, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 3)},
-    **{(arch, "frozen float32"): {d: (64, 32, 4, 2, 1) for d in (16,32,64,128)} for arch in (80,90,100)},
-    **{(arch, "mass float32"): {d: (64, 32, 4, 2) for d in (16,32,64,128)} for arch in (80,90,100)},
+    (80, "frozen"): by_head_size(
+        (64, 64, 4, 2, 2), (64, 64, 4, 2, 2), (128, 64, 8, 2, 2), (64, 64, 8, 2, 2)
+    ),
+    (80, "mass"): by_head_size((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2)),
+    (90, "frozen"): by_head_size(
+        (128, 64, 8, 3, 4), (128, 64, 8, 3, 4), (128, 64, 8, 3, 4), (128, 64, 8, 2, 2)
+    ),
+    (90, "mass"): by_head_size((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
+    (100, "frozen"): by_head_size(
+        (128, 64, 8, 3, 4), (128, 64, 8, 3, 4), (128, 64, 8, 3, 2), (128, 64, 8, 2, 2)
+    ),
+    (100, "mass"): by_head_size((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
+    ("float32", "frozen"): by_head_size(
+        (16, 32, 4, 2, 2), (16, 32, 4, 2, 2), (16, 32, 4, 2, 2), (16, 16, 8, 2, 2)
+    ),
+    ("float32", "mass"): by_head_size(
+        (16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 8, 2)
+    ),
 }  # fmt: skip
 
 
@@ -92,7 +103,7 @@ def _frozen_kernel(
         for first_key in tl.range(bounds[stretch], bounds[stretch + 1], BLOCK_KEY):
             keys = first_key + tl.arange(0, BLOCK_KEY)
             k_tile = load_rows(k, k_strides, batch, head, first_key, n_ctx, BLOCK_KEY, D_HEAD)
-            scores = tl.dot(q, k_tile.T, input_precision="tf32x3")
+            scores = tl.dot(q, k_tile.T, input_precision="ieee")
             pattern = tl.exp2(scores * (scale * LOG2_E) - lse[:, None])
             if stretch != 1:
                 seen = visible(queries[:, None], keys[None, :], window)
@@ -104,7 +115,7 @@ def _frozen_kernel(
                 v_tile = _load_values(
                     values, values_strides, a, batch, head, first_key, n_ctx, BLOCK_KEY, D_HEAD
                 )
-                new_sums = new_sums + (tl.dot(pattern, v_tile, sums[i], input_precision="tf32x3"),)
+                new_sums = new_sums + (tl.dot(pattern, v_tile, sums[i], input_precision="ieee"),)
             sums = new_sums
 
     of_one = (z_strides[1], z_strides[2], z_strides[3])
@@ -172,7 +183,7 @@ def _mass_kernel(
             k_tile = load_rows(
                 k_tiles, k_tile_strides, batch, head, first_key, n_ctx, BLOCK_KEY, D_HEAD
             )
-            scores = tl.dot(q, k_tile.T, input_precision="tf32x3")
+            scores = tl.dot(q, k_tile.T, input_precision="ieee")
             pattern = tl.exp2(scores * scale - lse[:, None])
             matching += tl.sum(tl.where(counts, pattern, 0.0), axis=1)
 

@@ -16,6 +16,7 @@ registers and shared memory.
 """
 
 import os
+import types
 
 import numpy as np
 import pytest
@@ -120,6 +121,27 @@ def mend(builder):
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch_with_index
+
+    patch_lang, language = interpreter._patch_lang, types.SimpleNamespace()
+    language.__globals__, language.patched = {"tl": tl, "core": tl.core}, False
+
+    def patch_once(fn):
+        """For a launch, not for each call of a helper inside it, which would be a third of its
+        time.
+        """
+        if language.patched:
+            return interpreter._LangPatchScope()
+        scope, language.patched = patch_lang(language), True
+        restore = scope.restore
+
+        def restore_language():
+            restore()
+            language.patched = False
+
+        scope.restore = restore_language
+        return scope
+
+    interpreter._patch_lang = patch_once
 
 
 if INTERPRETED:
