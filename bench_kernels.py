@@ -67,6 +67,7 @@ def rows(what, device, dtype, seconds):
     ceiling = matmul_ceiling(device, dtype)
     comparisons = list(COMPARISONS[what](device))
     for comparison in comparisons:
+        torch.compiler.reset()  # each shape is compiled as if it were the only one
         sets, calls, errors, missing = input_sets(comparison, device, dtype), {}, {}, {}
         for name, function in comparison.contenders.items():
             try:
