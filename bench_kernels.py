@@ -79,7 +79,7 @@ def rows(what, device, dtype, seconds):
                     raise
                 missing[name] = "needs a GPU" if function is None else str(error) or repr(error)
         about = {"case": comparison.title, "mode": comparison.mode, "shape": comparison.shape}
-        about["triton"] = importlib.metadata.version("triton")
+        about["triton"] = importlib.metadata.version("triton") if device.type == "cuda" else None
         times = in_turns(calls, device, seconds / len(comparisons))
         for name, each in times.items():
             p20, median, p80 = np.percentile(each, [20, 50, 80])
