@@ -1,8 +1,8 @@
 """Compiles every kernel for GPUs that are not there and tells what it needs of them.
 
-    python -m tests.compiled_kernels            compiles, checks, prints the table
-    python -m tests.compiled_kernels --write    and writes it: the file that the test compares with
+    python -m tests.compiled_kernels            checks everything, against the committed table too
     python -m tests.compiled_kernels --quick    leaves out most of float32, as the test does
+    python -m tests.compiled_kernels --write    writes the table instead
 
 The library's own functions run on small CPU tensors while Triton is told that the GPU is an A100
 (80), an H100 or H200 (90) or a B200 (100), and every launch stops after compiling. So what is
@@ -10,8 +10,8 @@ compiled is what would be launched: the same configuration, specialised in the s
 code comes from NVIDIA's assembler, which is part of Triton's wheel, and is read with `cuobjdump`,
 from there too.
 
-There is a table for each version of Triton; with another version the checks still hold. For a
-second one:
+Each version of Triton has a table of its own; a version without one is checked all the same. For a
+second version:
 
     python -m venv other && . other/bin/activate
     pip install -r requirements.txt && pip install triton==3.6.0
@@ -25,6 +25,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import inspect
 import itertools
 import json
 import multiprocessing
@@ -247,7 +248,8 @@ def resources(kernel, arch, name, case):
 
 def machine_code_counts(cubin):
     """Registers, stack and counts of instructions; kept in Triton's cache."""
-    cache = get_cache_manager(hashlib.sha256(cubin + Path(__file__).read_bytes()).hexdigest())
+    how = inspect.getsource(machine_code_counts).encode()
+    cache = get_cache_manager(hashlib.sha256(cubin + how).hexdigest())
     if known := cache.get_file("counts.json"):
         return json.loads(Path(known).read_text())
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -293,14 +295,16 @@ def main():
     parser.add_argument("--quick", action="store_true", help="leave out most of float32")
     args = parser.parse_args()
     rows = compile_everything(name for name in CASES if not (args.quick and name in SLOW_CASES))
-    table = "\n".join([f"Triton {triton.__version__}", HEADER, *(row.line() for row in rows)])
-    print(table)
-    faults = [f"{row.line()}\n    {fault}" for row in rows for fault in row.faults()]
-    if faults:
-        print("\n".join(faults), file=sys.stderr)
-        return 1
+    lines = [f"Triton {triton.__version__}", HEADER, *(row.line() for row in rows)]
+    print("\n".join(lines))
+    complaints = [f"{row.line()}\n    {fault}" for row in rows for fault in row.faults()]
     if args.write:
-        TABLE.write_text(table + "\n")
+        TABLE.write_text("\n".join(lines) + "\n")
+    elif TABLE.exists():
+        table = TABLE.read_text().splitlines()
+        complaints += [f"{line}\n    not in {TABLE.name}" for line in lines if line not in table]
+    print("\n".join(complaints), file=sys.stderr)
+    return 1 if complaints else 0
 
 
 if __name__ == "__main__":
