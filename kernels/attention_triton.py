@@ -47,31 +47,27 @@ UNLIMITED = tl.constexpr(2**30)  # a window longer than any text
 LOWEST = tl.constexpr(-1e30)  # finite: all keys of a tile may be hidden, and inf - inf is NaN
 
 
-def by_head_size(*configs):
+def by_size(*configs):
     return dict(zip((16, 32, 64, 128), configs, strict=True))
 
 
 # BLOCK_QUERY, BLOCK_KEY, num_warps, num_stages: for each architecture the largest tiles whose sums
 # stay in registers. float32, which has no tensor cores, goes by small ones on all of them.
 CONFIGS = {
-    (80, "forward"): by_head_size((64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 3)),
-    (80, "dquery"): by_head_size((64, 64, 4, 2), (64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 8, 2)),
-    (80, "dkey"): by_head_size((64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 2), (64, 64, 8, 2)),
-    (90, "forward"): by_head_size(
-        (128, 64, 8, 3), (128, 64, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2)
+    (80, "forward"): by_size((64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 3)),
+    (80, "dquery"): by_size((64, 64, 4, 2), (64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 8, 2)),
+    (80, "dkey"): by_size((64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 2), (64, 64, 8, 2)),
+    (90, "forward"): by_size((128, 64, 8, 3), (128, 64, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2)),
+    (90, "dquery"): by_size((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
+    (90, "dkey"): by_size((64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 3)),
+    (100, "forward"): by_size(
+        (128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2)
     ),
-    (90, "dquery"): by_head_size((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
-    (90, "dkey"): by_head_size((64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 3)),
-    (100, "forward"): by_head_size(
-        (128, 64, 8, 3), (128, 64, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2)
-    ),
-    (100, "dquery"): by_head_size((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
-    (100, "dkey"): by_head_size((64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 3)),
-    ("float32", "forward"): by_head_size(
-        (16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 8, 2)
-    ),
-    ("float32", "dquery"): by_head_size((16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 8, 2)),
-    ("float32", "dkey"): by_head_size((32, 16, 4, 2), (32, 16, 4, 2), (32, 16, 4, 2), (16, 16, 4, 2)),
+    (100, "dquery"): by_size((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
+    (100, "dkey"): by_size((64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 3)),
+    ("float32", "forward"): by_size((16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 8, 2)),
+    ("float32", "dquery"): by_size((16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 8, 2)),
+    ("float32", "dkey"): by_size((32, 16, 4, 2), (32, 16, 4, 2), (32, 16, 4, 2), (16, 16, 4, 2)),
 }  # fmt: skip
 ROWS = 64  # of a block in the kernels that only read and write
 

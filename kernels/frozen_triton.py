@@ -26,7 +26,7 @@ from kernels.attention_triton import (
     LOG2_E,
     ROWS,
     UNLIMITED,
-    by_head_size,
+    by_size,
     empty_rows,
     key_stretches,
     launch_config,
@@ -46,24 +46,22 @@ from kernels.attention_triton import (
 
 # as in attention_triton.py; the fifth number of a frozen row is GROUP
 CONFIGS = {
-    (80, "frozen"): by_head_size(
+    (80, "frozen"): by_size(
         (64, 64, 4, 2, 2), (64, 64, 4, 2, 2), (128, 64, 8, 2, 2), (64, 64, 8, 2, 2)
     ),
-    (80, "mass"): by_head_size((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2)),
-    (90, "frozen"): by_head_size(
+    (80, "mass"): by_size((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2)),
+    (90, "frozen"): by_size(
         (128, 64, 8, 3, 4), (128, 64, 8, 3, 4), (128, 64, 8, 3, 4), (128, 64, 8, 2, 2)
     ),
-    (90, "mass"): by_head_size((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
-    (100, "frozen"): by_head_size(
+    (90, "mass"): by_size((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
+    (100, "frozen"): by_size(
         (128, 64, 8, 3, 4), (128, 64, 8, 3, 4), (128, 64, 8, 3, 2), (128, 64, 8, 2, 2)
     ),
-    (100, "mass"): by_head_size((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
-    ("float32", "frozen"): by_head_size(
+    (100, "mass"): by_size((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
+    ("float32", "frozen"): by_size(
         (16, 32, 4, 2, 2), (16, 32, 4, 2, 2), (16, 32, 4, 2, 2), (16, 16, 8, 2, 2)
     ),
-    ("float32", "mass"): by_head_size(
-        (16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 8, 2)
-    ),
+    ("float32", "mass"): by_size((16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 8, 2)),
 }  # fmt: skip
 
 

@@ -16,13 +16,14 @@ from tests.test_attention import (
     output_and_gradients,
 )
 
-SMALL = (32, 32, 4, 2)  # tiles so small that a short text has all three stretches
 ALPHA = (-10.0, 10.0)
 
 
 @pytest.fixture
-def small_tiles(monkeypatch):
-    table = {key: dict.fromkeys(row, SMALL) for key, row in module.CONFIGS.items()}
+def square_tiles(request, monkeypatch):
+    """Tiles of 32, so that a short text has all three stretches, or as parametrized."""
+    size = getattr(request, "param", 32)
+    table = {key: dict.fromkeys(row, (size, size, 4, 2)) for key, row in module.CONFIGS.items()}
     monkeypatch.setattr(module, "CONFIGS", table)
 
 
@@ -48,9 +49,10 @@ def smeared(tensors, alpha=ALPHA):
 
 
 @pytest.mark.parametrize("arch", [80, 90], indirect=True, ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("square_tiles", [64], indirect=True)
 @pytest.mark.parametrize("n_ctx", [63, 64, 127])
 @pytest.mark.parametrize("windows", [None, (1, 5)], ids=["full", "local"])
-def test_lengths_that_are_and_are_not_whole_tiles(n_ctx, windows, arch):
+def test_lengths_that_are_and_are_not_whole_tiles(square_tiles, n_ctx, windows, arch):
     compare(smeared(inputs(n_ctx, d_head=16, n_heads=2, batch=1)), windows)
 
 
@@ -70,12 +72,12 @@ def test_sixteen_bit_inputs(dtype, fused_smear):
 
 
 @pytest.mark.parametrize("alpha", [None, (-10.0, 0.3), (10.0, -1.0)])
-def test_every_share_of_smearing(small_tiles, alpha):
+def test_every_share_of_smearing(square_tiles, alpha):
     tensors = inputs(70, 16, 2, 1)
     compare(smeared(tensors, alpha) if alpha else tensors, (5, 70))
 
 
-def test_windows_that_end_inside_at_and_beyond_tiles(small_tiles):
+def test_windows_that_end_inside_at_and_beyond_tiles(square_tiles):
     compare(inputs(127, 16, 5, 1), (1, 32, 33, 65, 127))
 
 
@@ -85,7 +87,7 @@ def test_head_sizes(d_head):
 
 
 def test_a_thousand_positions():
-    compare(smeared(inputs(1000, 16, 1, 1), (0.5,)), (300,))
+    compare(smeared(inputs(1000, 16, 1, 1, dtype=torch.bfloat16), (0.5,)), (300,))
 
 
 @pytest.mark.parametrize("arch", [80, 90], indirect=True, ids=["pointers", "descriptors"])
@@ -120,7 +122,7 @@ def test_large_scores_do_not_overflow():
 
 
 def test_the_same_bits_every_time_and_only_finite_numbers():
-    tensors = smeared(inputs(70, n_heads=2))
+    tensors = smeared(inputs(70, n_heads=2, dtype=torch.float16))
 
     def run():
         return output_and_gradients(lambda *t: attention(*t, (5, 60), "triton"), tensors)
@@ -177,7 +179,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name, fault", FAULTS.values(), ids=FAULTS)
-def test_these_tests_notice_a_planted_fault(small_tiles, monkeypatch, name, fault):
+def test_these_tests_notice_a_planted_fault(square_tiles, monkeypatch, name, fault):
     tensors = smeared(inputs(70, n_heads=2, batch=1), (0.0, 1.0))
     compare(tensors, (5, 40))
     monkeypatch.setattr(module, name, fault)
