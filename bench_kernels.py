@@ -26,6 +26,7 @@ from kernels.cross_entropy import linear_cross_entropy
 from parallel import AVAILABLE_CORES
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}  # of every output, relative
+CHECKED = 1000  # positions or rows, at most, of the batch that is checked
 INPUT_BYTES = 256 * 2**20  # of all sets of inputs: more than any cache holds
 
 
@@ -67,7 +68,8 @@ def rows(what, device, dtype, seconds):
     ceiling = matmul_ceiling(device, dtype)
     comparisons = list(COMPARISONS[what](device))
     for comparison in comparisons:
-        torch.compiler.reset()  # each shape is compiled as if it were the only one
+        if device.type == "cuda":
+            torch.compiler.reset()  # each shape is compiled as if it were the only one
         sets, calls, errors, missing = input_sets(comparison, device, dtype), {}, {}, {}
         for name, function in comparison.contenders.items():
             try:
@@ -258,7 +260,7 @@ def attention_comparison(shape, mode, contenders, smear=False, window=None):
     windows = (window,) * n_heads if window else None
 
     def make(device, dtype, small):
-        sizes = (1, n_heads, min(1000, n_ctx), d_head) if small else shape
+        sizes = (1, n_heads, min(CHECKED, n_ctx), d_head) if small else shape
         q, k, v = (heads(*sizes, device=device, dtype=dtype) for _ in range(3))
         return [q, k, v, torch.randn(n_heads, device=device)] if smear else [q, k, v]
 
@@ -317,10 +319,11 @@ def frozen_comparisons(device):
     """The pattern of a run applied to the values of 8 others."""
     gpu = device.type == "cuda"
     kernels = "triton" if gpu else "torch"
-    n_values, (batch, n_heads, n_ctx, d_head) = 8, (64 if gpu else 2, 12, 512, 64)
+    n_values, shape = 8, (64 if gpu else 2, 12, 512, 64)
+    batch, n_heads, n_ctx, d_head = shape
 
     def make(device, dtype, small):
-        sizes = (1 if small else batch, n_heads, n_ctx, d_head)
+        sizes = (1, n_heads, min(CHECKED, n_ctx), d_head) if small else shape
         q, k = (heads(*sizes, device=device, dtype=dtype) for _ in range(2))
         _, lse = ops.attention_and_lse(q, k, k, kernels="torch")
         values = heads(n_values, *sizes, device=device, dtype=dtype)
@@ -360,7 +363,7 @@ def statistics_comparison(shape, device):
     kernels = "triton" if device.type == "cuda" else "torch"
 
     def make(device, dtype, small):
-        sizes = (1, n_heads, min(1000, n_ctx), d_head) if small else shape
+        sizes = (1, n_heads, min(CHECKED, n_ctx), d_head) if small else shape
         q, k = (heads(*sizes, device=device, dtype=dtype) for _ in range(2))
         _, lse = ops.attention_and_lse(q, k, k, kernels="torch")
         return q, k, lse, torch.randint(200, (sizes[0], sizes[2]), device=device)
@@ -419,7 +422,7 @@ def loss_comparison(shape, mode, device):
     n_rows, d_model, d_vocab = shape
 
     def make(device, dtype, small):
-        rows = min(500, n_rows) if small else n_rows
+        rows = min(CHECKED, n_rows) if small else n_rows
         resid = torch.randn(rows, d_model, device=device, dtype=dtype)
         W_U = torch.randn(d_model, d_vocab, device=device, dtype=dtype) * d_model**-0.5
         return resid, W_U, torch.randint(d_vocab, (rows,), device=device)

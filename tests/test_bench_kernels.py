@@ -14,6 +14,14 @@ from kernels.attention import visible
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def small_and_quick(monkeypatch):
+    monkeypatch.setattr(bench_kernels, "CHECKED", 50)
+    monkeypatch.setattr(bench_kernels, "INPUT_BYTES", 0)
+    monkeypatch.setattr(bench_kernels, "AVAILABLE_CORES", 1)
+    monkeypatch.setattr(bench_kernels, "matmul_ceiling", lambda device, dtype: 1e12)
+
+
 def small(what):
     """The op's first comparison in each mode, its timed batch as small as the checked one."""
     first = {}
@@ -29,7 +37,6 @@ def small(what):
 
 @pytest.mark.parametrize("what", COMPARISONS)
 def test_each_comparison_gives_a_row_for_every_contender(what, monkeypatch):
-    monkeypatch.setattr(bench_kernels, "INPUT_BYTES", 0)
     comparisons = small(what)
     monkeypatch.setitem(COMPARISONS, what, lambda device: comparisons)
     records = list(rows(what, CPU, torch.float32, seconds=0))
