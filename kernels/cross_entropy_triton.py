@@ -119,11 +119,13 @@ def _padded(matrix, columns, rows):
 
 
 def _add_product(total, a, b):
-    """total += a @ b, in float32 whatever a and b are."""
-    if total.is_cuda:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    """total += a @ b, in float32 whatever a and b are; in two steps, because addmm with a float32
+    total of 16-bit products does not work in every PyTorch (pytorch#154086).
+    """
+    if a.is_cuda:
+        total += torch.mm(a, b, out_dtype=torch.float32)
     else:  # the interpreter's tests
-        total.addmm_(a.float(), b.float())
+        total += a.float() @ b.float()
 
 
 def _generation():
