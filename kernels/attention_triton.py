@@ -81,6 +81,17 @@ def place(n_heads, n_ctx, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def place_of_queries(windows, n_heads, n_ctx, BLOCK_QUERY: tl.constexpr):
+    """This program's batch row, head, first query and window. The longest walks along the keys
+    start first, so that none is left over at the end.
+    """
+    block, batch, head = place(n_heads, n_ctx, BLOCK_QUERY)
+    first_query = (tl.cdiv(n_ctx, BLOCK_QUERY) - 1 - block) * BLOCK_QUERY
+    window = UNLIMITED if windows is None else tl.load(windows + head)
+    return batch, head, first_query, window
+
+
+@triton.jit
 def row_pointers(x, strides, batch, head, first, BLOCK: tl.constexpr, D_HEAD: tl.constexpr):
     """Pointers to BLOCK rows of a head from position `first` on, [BLOCK, D_HEAD]."""
     x += batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
@@ -143,11 +154,8 @@ def _forward_kernel(
     n_heads, n_ctx, scale,
     D_HEAD: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_KEY: tl.constexpr,
 ):  # fmt: skip
-    block, batch, head = place(n_heads, n_ctx, BLOCK_QUERY)
-    # the longest walks start first, so that none is left over at the end
-    first_query = (tl.cdiv(n_ctx, BLOCK_QUERY) - 1 - block) * BLOCK_QUERY
+    batch, head, first_query, window = place_of_queries(windows, n_heads, n_ctx, BLOCK_QUERY)
     queries = first_query + tl.arange(0, BLOCK_QUERY)
-    window = UNLIMITED if windows is None else tl.load(windows + head)
     share = None if alpha is None else tl.sigmoid(tl.load(alpha + head).to(tl.float32))
     scale *= LOG2_E
 
@@ -193,10 +201,8 @@ def _dquery_kernel(
     lse, delta, windows, n_heads, n_ctx, scale,
     D_HEAD: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_KEY: tl.constexpr,
 ):  # fmt: skip
-    block, batch, head = place(n_heads, n_ctx, BLOCK_QUERY)
-    first_query = (tl.cdiv(n_ctx, BLOCK_QUERY) - 1 - block) * BLOCK_QUERY
+    batch, head, first_query, window = place_of_queries(windows, n_heads, n_ctx, BLOCK_QUERY)
     queries = first_query + tl.arange(0, BLOCK_QUERY)
-    window = UNLIMITED if windows is None else tl.load(windows + head)
 
     q = load_rows(q, q_strides, batch, head, first_query, n_ctx, BLOCK_QUERY, D_HEAD)
     dz = load_rows(dz, dz_strides, batch, head, first_query, n_ctx, BLOCK_QUERY, D_HEAD)
@@ -414,9 +420,10 @@ def rows(x):
 
 def tiles(x, block):
     """The same for what a kernel walks along, `block` rows at a time. From sm_90 on a tensor
-    descriptor lets the hardware fetch tiles on its own; before, it only costs registers.
+    descriptor lets the hardware bring tiles to the tensor cores on its own; before, and in float32,
+    whose products are made in registers, descriptors cost more of those than they save.
     """
-    if architecture() < 90:
+    if architecture() < 90 or x.dtype == torch.float32:
         return rows(x)
     block_shape = [1] * (x.dim() - 2) + [block, x.shape[-1]]
     return TensorDescriptor(x, x.shape, x.stride(), block_shape), x.stride()[:-1]
@@ -433,7 +440,8 @@ def readable(x):
 
 def padded(x):
     """Head sizes between the powers of two, with zeros up to the next."""
-    return F.pad(x, (0, max(16, triton.next_power_of_2(x.shape[-1])) - x.shape[-1]))
+    missing = max(16, triton.next_power_of_2(x.shape[-1])) - x.shape[-1]
+    return F.pad(x, (0, missing)) if missing else x  # F.pad copies, even to add nothing
 
 
 def empty_rows(x, dtype=None):

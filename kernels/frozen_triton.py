@@ -25,7 +25,6 @@ import triton.language as tl
 from kernels.attention_triton import (
     LOG2_E,
     ROWS,
-    UNLIMITED,
     by_size,
     empty_rows,
     key_stretches,
@@ -33,6 +32,7 @@ from kernels.attention_triton import (
     load_rows,
     padded,
     place,
+    place_of_queries,
     programs,
     readable,
     row_pointers,
@@ -55,11 +55,11 @@ CONFIGS = {
     ),
     (90, "mass"): by_size((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
     (100, "frozen"): by_size(
-        (128, 64, 8, 3, 4), (128, 64, 8, 3, 4), (128, 64, 8, 3, 2), (128, 64, 8, 2, 2)
+        (128, 64, 8, 3, 2), (128, 64, 8, 3, 2), (128, 64, 8, 3, 2), (128, 64, 8, 2, 2)
     ),
     (100, "mass"): by_size((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
     ("float32", "frozen"): by_size(
-        (16, 32, 4, 2, 2), (16, 32, 4, 2, 2), (16, 32, 4, 2, 2), (16, 16, 8, 2, 2)
+        (16, 32, 4, 2, 2), (16, 32, 4, 2, 2), (16, 32, 4, 2, 2), (16, 16, 8, 2, 1)
     ),
     ("float32", "mass"): by_size((16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 8, 2)),
 }  # fmt: skip
@@ -84,11 +84,9 @@ def _frozen_kernel(
     n_values, n_heads, n_ctx, scale,
     D_HEAD: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_KEY: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    block, batch, head = place(n_heads, n_ctx, BLOCK_QUERY)
-    first_query = (tl.cdiv(n_ctx, BLOCK_QUERY) - 1 - block) * BLOCK_QUERY
+    batch, head, first_query, window = place_of_queries(windows, n_heads, n_ctx, BLOCK_QUERY)
     queries = first_query + tl.arange(0, BLOCK_QUERY)
     first_value = tl.program_id(1) * GROUP
-    window = UNLIMITED if windows is None else tl.load(windows + head)
 
     q = load_rows(q, q_strides, batch, head, first_query, n_ctx, BLOCK_QUERY, D_HEAD)
     lse += (batch.to(tl.int64) * n_heads + head) * n_ctx
@@ -150,10 +148,8 @@ def _mass_kernel(
     offset, n_heads, n_ctx, scale,
     D_HEAD: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_KEY: tl.constexpr,
 ):  # fmt: skip
-    block, batch, head = place(n_heads, n_ctx, BLOCK_QUERY)
-    first_query = (tl.cdiv(n_ctx, BLOCK_QUERY) - 1 - block) * BLOCK_QUERY
+    batch, head, first_query, window = place_of_queries(windows, n_heads, n_ctx, BLOCK_QUERY)
     queries = first_query + tl.arange(0, BLOCK_QUERY)
-    window = UNLIMITED if windows is None else tl.load(windows + head)
     scale *= LOG2_E
 
     q = load_rows(q, q_strides, batch, head, first_query, n_ctx, BLOCK_QUERY, D_HEAD)

@@ -53,7 +53,7 @@ def smeared(tensors, alpha=ALPHA):
 @pytest.mark.parametrize("n_ctx", [63, 64, 127])
 @pytest.mark.parametrize("windows", [None, (1, 5)], ids=["full", "local"])
 def test_lengths_that_are_and_are_not_whole_tiles(square_tiles, n_ctx, windows, arch):
-    compare(smeared(inputs(n_ctx, d_head=16, n_heads=2, batch=1)), windows)
+    compare(smeared(inputs(n_ctx, 16, 2, 1, dtype=torch.float16)), windows)
 
 
 def test_a_single_position_copies_its_value():
@@ -92,18 +92,18 @@ def test_a_thousand_positions():
 
 @pytest.mark.parametrize("arch", [80, 90], indirect=True, ids=["pointers", "descriptors"])
 def test_strided_inputs_and_several_batch_rows(arch):
-    qkv = torch.randn(2, 40, 3, 3, 16).requires_grad_()  # [batch, pos, q k v, head, d_head]
-    odd = torch.randn(2, 3, 40, 17).requires_grad_()  # rows that no descriptor can describe
+    qkv = torch.randn(2, 40, 3, 3, 16).half().requires_grad_()  # [batch, pos, q k v, head, d_head]
+    odd = torch.randn(2, 3, 40, 17).half().requires_grad_()  # rows that no descriptor can describe
     q, k, _ = qkv.unbind(2)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), odd[..., 1:]
     assert not q.is_contiguous() and v.stride(2) == 17
-    weight = torch.randn(2, 3, 40, 1)  # z's gradient is expanded: no memory of its own
+    weight = torch.randn(2, 3, 40, 1).half()  # z's gradient is expanded: no memory of its own
     z = module.attention(q, k, v)[0]
     gradients = torch.autograd.grad((z * weight).sum(), (qkv, odd))
     expected_z = attention_reference(q, k, v)
     expected = torch.autograd.grad((expected_z * weight).sum(), (qkv, odd))
     for actual, e in zip((z, *gradients), (expected_z, *expected), strict=True):
-        assert torch.allclose(actual, e, atol=1e-5)
+        assert torch.allclose(actual, e, rtol=1e-2, atol=1e-2)
 
 
 def test_log_sum_exp_is_the_references_and_has_no_gradient():
@@ -139,7 +139,8 @@ def test_too_large_heads_are_refused():
 @pytest.mark.parametrize("arch, family", [(86, 80), (90, 90), (103, 100)], indirect=["arch"])
 def test_every_gpu_has_its_family_and_descriptors_from_hopper_on(arch, family):
     assert architecture() == family
-    assert torch.is_tensor(tiles(torch.zeros(1, 1, 16, 16), 16)[0]) == (family == 80)
+    assert torch.is_tensor(tiles(torch.zeros(1, 1, 16, 16).half(), 16)[0]) == (family == 80)
+    assert torch.is_tensor(tiles(torch.zeros(1, 1, 16, 16), 16)[0])
 
 
 @triton.jit

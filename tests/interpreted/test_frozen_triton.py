@@ -20,7 +20,7 @@ from kernels.attention import (
 ALPHA, WINDOWS = torch.tensor([-1.0, 0.5]), (5, 1000)
 
 
-def recorded_run(n_ctx, d_head=16, batch=1, alpha=None, windows=None, dtype=torch.float32):
+def recorded_run(n_ctx, d_head=16, batch=1, alpha=None, windows=None, dtype=torch.float16):
     """q, k, lse of a run of two heads."""
     q, k = torch.randn(2, batch, 2, n_ctx, d_head, generator=torch.Generator().manual_seed(1)).to(
         dtype
@@ -46,7 +46,7 @@ def square_tiles(request, monkeypatch):
     monkeypatch.setattr(module, "CONFIGS", table)
 
 
-def compare_frozen(n_ctx, n_values, alpha=None, windows=None, d_head=16, dtype=torch.float32):
+def compare_frozen(n_ctx, n_values, alpha=None, windows=None, d_head=16, dtype=torch.float16):
     """As exact, against float64, as twice the same-precision definition, plus one rounding."""
     q, k, lse = recorded_run(n_ctx, d_head, 1, alpha, windows, dtype)
     values = stacked(n_values, q)
@@ -66,8 +66,8 @@ def test_frozen_attention_applies_the_recorded_pattern(arch, n_ctx, alpha, windo
     compare_frozen(n_ctx, 3, alpha, windows)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_frozen_attention_of_sixteen_bits(dtype):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_frozen_attention_of_other_precisions(dtype):
     compare_frozen(130, 2, ALPHA, WINDOWS, 64, dtype)
 
 
@@ -79,12 +79,12 @@ def test_frozen_attention_takes_any_number_of_values(n_values):
 @pytest.mark.parametrize("arch", [80, 90], indirect=True, ids=["pointers", "descriptors"])
 def test_frozen_attention_takes_strided_and_repeated_values(arch):
     q, k, lse = recorded_run(40, batch=2)
-    values = torch.randn(2, 40, 2, 2, 16).permute(3, 0, 2, 1, 4)  # from [batch, pos, head, a, d]
+    values = torch.randn(2, 40, 2, 2, 16).half().permute(3, 0, 2, 1, 4)  # [batch, pos, head, a, d]
     repeated = values[:1].expand(3, -1, -1, -1, -1)
     pattern = attention_pattern(q, k)
     for x in (values, repeated):
         z = frozen_attention(q, k, lse, x, kernels="triton")
-        assert torch.allclose(z, pattern @ x, atol=1e-5)
+        assert torch.allclose(z, pattern @ x, atol=1e-2)
 
 
 @pytest.mark.parametrize("n_ctx", [1, 63, 130])
@@ -105,7 +105,8 @@ def test_head_statistics_are_the_scores_of_the_explicit_pattern(arch, n_ctx, alp
     q, k, lse = recorded_run(n_ctx, 16, 1, alpha, windows)
     tokens = few_tokens(n_ctx)
     tokens[:, -1] = tokens[:, 1] = 0  # however short, one token has an earlier copy, if it can
-    pattern = attention_pattern(q, k, alpha, windows)
+    pattern = attention_pattern(q.float(), k.float(), alpha, windows)
+    tolerance = 1e-6 if alpha is None else 1e-3  # smeared keys are rounded to 16 bits
     for offset in (1, 0, -1):
         actual = head_statistics(q, k, lse, tokens, alpha, windows, offset, "triton")
         expected = (
@@ -113,7 +114,7 @@ def test_head_statistics_are_the_scores_of_the_explicit_pattern(arch, n_ctx, alp
             metrics.previous_token_score(pattern),
         )
         for a, e in zip(actual, expected, strict=True):
-            assert torch.allclose(a, e, atol=1e-6, equal_nan=True)
+            assert torch.allclose(a, e, atol=tolerance, equal_nan=True)
 
 
 @pytest.mark.parametrize("square_tiles", [256], indirect=True)
