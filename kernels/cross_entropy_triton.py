@@ -29,8 +29,9 @@ run together read the same columns of W_U; with smaller tiles that cache would b
 `flatten` the compiler makes one loop of the loops over tiles and slices: the next tile is on its
 way while this one is reduced.
 
-Hopper and later fetch tiles with their copy engine, through TMA descriptors; Ampere, and later
-chips with no more shared memory than it has, through pointers.
+Hopper and later fetch tiles with their copy engine, through TMA descriptors; Ampere, later chips
+with no more shared memory than it has, and float32, which has to pass through registers, by
+pointers.
 """
 
 import torch
@@ -50,15 +51,13 @@ PROGRAMS = 512
 # of 16 bytes, and pointers are fast only there
 ALIGNMENT = 16
 
-# (generation, bytes of an element): ROWS, COLUMNS, DEPTH, warps, stages. float32 is exact and slow:
-# no matrix instruction is.
+# ROWS, COLUMNS, DEPTH, warps, stages: for 16-bit numbers by generation (`_generation`); float32 is
+# exact and slow everywhere, for no matrix instruction multiplies it
 TILES = {
-    (80, 2): (128, 128, 32, 8, 4),
-    (90, 2): (128, 256, 64, 8, 3),
-    (100, 2): (128, 128, 64, 8, 4),
-    (80, 4): (64, 64, 16, 4, 3),
-    (90, 4): (64, 64, 16, 4, 3),
-    (100, 4): (64, 64, 16, 4, 3),
+    80: (128, 128, 32, 8, 4),
+    90: (128, 256, 64, 8, 3),
+    100: (128, 128, 64, 8, 4),
+    "float32": (64, 64, 16, 4, 3),
 }
 
 
@@ -136,9 +135,13 @@ def _generation():
     return 100 if 100 <= arch < 120 else 90 if arch == 90 else 80
 
 
+def _tile(resid):
+    return TILES["float32" if resid.dtype == torch.float32 else _generation()]
+
+
 def _share(resid, d_vocab):
     """Columns for each program, so that there are about PROGRAMS of them."""
-    n_rows, n_columns, *_ = TILES[_generation(), resid.itemsize]
+    n_rows, n_columns, *_ = _tile(resid)
     n_tiles = triton.cdiv(d_vocab, n_columns)
     n_shares = min(n_tiles, triton.cdiv(PROGRAMS, triton.cdiv(len(resid), n_rows)))
     return triton.cdiv(n_tiles, n_shares) * n_columns
@@ -146,11 +149,11 @@ def _share(resid, d_vocab):
 
 def _launch(kernel, resid, W_U, d_vocab, per_row, dlogits=None):
     """Runs one of the kernels below."""
-    generation = _generation()
-    n_rows, n_columns, depth, warps, stages = TILES[generation, resid.itemsize]
+    n_rows, n_columns, depth, warps, stages = _tile(resid)
+    by_descriptor = _generation() >= 90 and resid.dtype != torch.float32
 
     def tiled(matrix, *tile):
-        return matrix if generation < 90 else TensorDescriptor.from_tensor(matrix, list(tile))
+        return TensorDescriptor.from_tensor(matrix, list(tile)) if by_descriptor else matrix
 
     share = _share(resid, d_vocab)
     outputs = [] if dlogits is None else [tiled(dlogits, n_rows, n_columns)]
