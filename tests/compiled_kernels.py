@@ -51,6 +51,7 @@ WORKERS = 2
 
 # of a multiprocessor, by architecture
 REGISTERS = 65536
+WARPS = 64
 SHARED_BYTES = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 RESERVED_BYTES = 1024  # of shared memory, for each program
 TENSOR_COLUMNS = 512  # of tensor memory (100)
@@ -84,6 +85,7 @@ class Resources:
         """How many fit on a multiprocessor at once."""
         each_thread = -(-self.registers // 8) * 8
         limits = [
+            WARPS // self.warps,
             REGISTERS // (each_thread * 32 * self.warps),
             SHARED_BYTES[self.arch] // (self.shared + RESERVED_BYTES),
         ]
