@@ -1,9 +1,14 @@
 """Times what the project is fast for against what a user would pick instead: checks first, then
 times, in one run.
 
-    python bench.py train      a training step, against nanoGPT's recipe at the same shape
+    python bench.py train        a training step, against nanoGPT's recipe at the same shape
+    python bench.py attention    causal, smeared, local: against SDPA and FlexAttention
+    python bench.py frozen       a recorded pattern on many values, against SDPA and bmm
+    python bench.py statistics   prefix matching and previous token, against the whole pattern
+    python bench.py loss         losses from the residual stream, against PyTorch's and Liger's
 
-Every row is printed and appended to results/bench.jsonl with all that it takes to repeat it.
+All but the first run on the GPU if there is one (bench_kernels.py). Every row is printed and
+appended to results/bench.jsonl with all that it takes to repeat it.
 """
 
 import dataclasses
@@ -18,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import bench_kernels
+import evaluate
 import train
 from model import Transformer, config_for
 from parallel import AVAILABLE_CORES, Cores, Ranks
@@ -191,6 +198,14 @@ def bench_train(seconds):
         }
 
 
+def train_line(row):
+    return (
+        f"{row['what']:>18}  {row['tokens_per_second']:>7,} tokens/s"
+        f" ({row['p20']:,} to {row['p80']:,}, n={row['n']})  {row['speedup']:.2f}x"
+        f"  {row['of_ceiling']:.0%} of the matmul ceiling, {row['ceiling_gflops']:.0f} GFLOP/s"
+    )
+
+
 def check_gradient(config, recipe, corpus, cores):
     """The fast step's gradient against the definition's."""
     batch = train.training_batch(corpus, config.n_ctx, recipe.n_rows, 0, 0)
@@ -209,7 +224,7 @@ def check_gradient(config, recipe, corpus, cores):
 @one_line_errors
 def main(argv=None):
     parser = ArgumentParser(__doc__)
-    parser.add_argument("what", choices=("train",))
+    parser.add_argument("what", choices=("train", *bench_kernels.COMPARISONS))
     parser.add_argument(
         "--seconds", type=float, default=60, help="time for each comparison (default: 60)"
     )
@@ -220,15 +235,18 @@ def main(argv=None):
         help="default: results/bench.jsonl",
     )
     args = parser.parse_args(argv)
-    machine = describe_machine(CPU, Cores(CPU), 1, torch.float32, "torch")
+    device = CPU if args.what == "train" else evaluate.pick_device(None)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    kernels = evaluate.pick_kernels(None, device)
+    machine = describe_machine(device, Cores(CPU), 1, dtype, kernels)
     print(f"{machine['device']}, torch {machine['torch']}, commit {machine['commit']}", flush=True)
+    if args.what == "train":
+        rows, line = bench_train(args.seconds), train_line
+    else:
+        rows, line = bench_kernels.rows(args.what, device, dtype, args.seconds), bench_kernels.line
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    for row in bench_train(args.seconds):
-        print(
-            f"{row['what']:>18}  {row['tokens_per_second']:>7,} tokens/s"
-            f" ({row['p20']:,} to {row['p80']:,}, n={row['n']})  {row['speedup']:.2f}x"
-            f"  {row['of_ceiling']:.0%} of the matmul ceiling, {row['ceiling_gflops']:.0f} GFLOP/s"
-        )
+    for row in rows:
+        print(line(row), flush=True)
         record = {"bench": args.what, **row, "machine": machine, "date": time.strftime("%Y-%m-%d")}
         with open(args.json, "a") as file:
             file.write(json.dumps(record) + "\n")

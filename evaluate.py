@@ -29,6 +29,7 @@ from snapshots import load_snapshot
 HEAD_SCORES = ("prefix_matching", "copying", "previous_token")
 N_CTX = 512  # of every evaluation, whatever the model's own context, as in the paper
 ROWS_AT_ONCE = {"cpu": 4, "cuda": 64}  # for each core
+KERNELS = ("reference", "torch", "triton")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,6 +321,13 @@ def pick_device(name):
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def pick_kernels(name, device):
+    """--kernels, or those made for the device."""
+    if name == "triton" and device.type != "cuda":
+        raise BadInput("--kernels triton: they run on a GPU; leave it out to use the CPU's")
+    return name or ("triton" if device.type == "cuda" else "torch")
+
+
 @one_line_errors
 def main(argv=None):
     parser = ArgumentParser(__doc__)
@@ -329,10 +337,11 @@ def main(argv=None):
     add("--data", help="corpus to measure on (default: the one trained on, if it is built in)")
     add("--vocabulary", metavar="FILE", help="gpt2 or a .tiktoken file (default: the corpus's)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    add("--kernels", choices=("reference", "torch"), default="torch", help="default: torch")
+    add("--kernels", choices=KERNELS, help="default: triton on a GPU, else torch")
     add("--out", type=Path, help="file for the records (default: a run's own, a snapshot's none)")
     args = parser.parse_args(argv)
     args.device = pick_device(args.device)
+    args.kernels = pick_kernels(args.kernels, args.device)
     ranks = Ranks(args.device)
     try:
         return evaluate_run(args, ranks) if args.path.is_dir() else evaluate_snapshot(args, ranks)
@@ -347,7 +356,7 @@ def evaluate_snapshot(args, ranks):
         return
     print(
         f"{args.path}: after {record['step']:,} steps, {record['tokens'] / 1e6:.2f}M tokens;"
-        f" measured on {args.examples:,} examples\n"
+        f" measured on {args.examples:,} examples, kernels {args.kernels}\n"
         f"loss {record['loss']:.3f} nats\n"
         f"in-context learning score {record['icl_score']:+.3f} +- {record['icl_score_error']:.3f}"
         f" nats (token {metrics.LATE} minus token {metrics.EARLY}); between bands"

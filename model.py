@@ -219,8 +219,8 @@ class Transformer(nn.Module):
     Both take `at` [batch, n]: the positions at which the answer is wanted, [batch, n, ...]. The
     last layer then has queries only there, and the unembedding rows.
 
-    kernels: "reference" or "torch". dtype: of the matrix products; weights and the residual stream
-    stay in float32.
+    kernels: "reference", "torch" or "triton" (on a GPU). dtype: of the matrix products; weights and
+    the residual stream stay in float32.
     """
 
     def __init__(self, config, kernels="torch", dtype=torch.float32):

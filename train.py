@@ -106,9 +106,10 @@ def parse_args(argv):
     add("--resume", action="store_true", help="go on with the run that the same command began")
     # the machine
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    add("--kernels", choices=("reference", "torch"), default="torch", help="default: torch")
+    add("--kernels", choices=evaluate.KERNELS, help="default: triton on a GPU, else torch")
     args = parser.parse_args(argv)
     args.device = evaluate.pick_device(args.device)
+    args.kernels = evaluate.pick_kernels(args.kernels, args.device)
     if args.model:
         if args.scale or args.layers or args.attn_only or args.smear or args.d_model or args.heads:
             raise BadInput(

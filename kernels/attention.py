@@ -1,5 +1,5 @@
-"""Causal attention, with keys that may be smeared and heads that may be local: the definition, and
-the CPU's fast path.
+"""Causal attention, with keys that may be smeared and heads that may be local, and what is done
+with its pattern later: the definitions, the CPU's fast path, and the choice of implementation.
 
     key'_j     = sigmoid(alpha) key_j + (1 - sigmoid(alpha)) key_{j-1}    smeared; not the first
     score_ij   = query_i . key'_j / sqrt(d_head)   where 0 <= i - j < window, elsewhere -inf
@@ -16,9 +16,21 @@ in matrix products large enough to run at the speed of the machine. It keeps the
 backward pass, which then needs no second softmax; that is the bargain that
 `F.scaled_dot_product_attention` does not offer, and right as long as the pattern fits
 (`KEEP_PATTERN_BYTES`).
+
+A run that is to be repeated with its pattern frozen is remembered by q, k and
+
+    lse_i      = log sum_j exp(score_ij)               so that pattern_ij = exp(score_ij - lse_i)
+
+which is O(T) memory: the pattern comes back a tile at a time, to be applied to other values
+(`frozen_attention`) or counted (`head_mass`, `head_statistics`). An explicit pattern needs no
+function: `pattern @ values`.
+
+kernels: "reference" (the definition, line by line), "torch" (what a CPU uses) or "triton"
+(`attention_triton.py`, `frozen_triton.py`; imported only then). All mean the same up to rounding.
 """
 
 import functools
+import importlib
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +39,9 @@ TILE = 128
 # beyond this the pattern of one call is not worth keeping: recomputing it (SDPA) is slower but
 # takes O(T) memory
 KEEP_PATTERN_BYTES = 512 * 2**20
+# "triton" leaves plain causal attention to F.scaled_dot_product_attention where that is faster:
+# not before it is measured
+SDPA_FOR_PLAIN_CAUSAL = False
 
 
 def attention(q, k, v, alpha=None, windows=None, kernels="torch", at=None):
@@ -34,11 +49,15 @@ def attention(q, k, v, alpha=None, windows=None, kernels="torch", at=None):
     docstring: definition).
 
     alpha [head] smears the keys (None: not). windows: for each head the number of positions that a
-    query sees, itself included (None: all). kernels: "reference" or "torch"; both mean the same up
-    to rounding. at [batch, query]: where the queries stand, if there is not one at every key.
+    query sees, itself included (None: all). at [batch, query]: where the queries stand, if there is
+    not one at every key.
     """
     if kernels == "reference" or at is not None:  # the pattern of a few queries is small
         return attention_reference(q, k, v, alpha, windows, at)
+    if kernels == "triton":
+        if SDPA_FOR_PLAIN_CAUSAL and alpha is None and windows is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return _triton().attention(q, k, v, alpha, windows)[0]
     if alpha is not None:
         k = smear_keys(k, alpha)
     batch, n_heads, n_ctx, _ = q.shape
@@ -62,12 +81,21 @@ def attention_pattern(q, k, alpha=None, windows=None, at=None):
     """The attention pattern [batch, head, query, key]: rows sum to 1, keys after the query get
     exactly 0. `at` as in `attention`.
     """
+    return attention_scores(q, k, alpha, windows, at).softmax(dim=-1)
+
+
+def attention_scores(q, k, alpha=None, windows=None, at=None):
+    """[batch, head, query, key], -inf where a query may not look. `at` as in `attention`."""
     if alpha is not None:
         k = smear_keys(k, alpha)
-    scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+    return _scores(q, k, windows, at)
+
+
+def _scores(q, k, windows, at=None):
     if at is None:
         at = torch.arange(k.shape[-2], device=q.device)[None]
-    return scores.masked_fill_(~visible(at, k.shape[-2], windows), float("-inf")).softmax(dim=-1)
+    scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+    return scores.masked_fill_(~visible(at, k.shape[-2], windows), float("-inf"))
 
 
 def previous_token_attention(q, k, alpha=None, windows=None):
@@ -104,6 +132,109 @@ def visible(at, n_keys, windows=None):
     if windows is None:
         return key <= query
     return (key <= query) & (key > query - torch.tensor(windows, device=at.device)[:, None, None])
+
+
+def attention_and_lse(q, k, v, alpha=None, windows=None, kernels="torch"):
+    """-> z as of `attention`, and lse [batch, head, pos], nats, at least float32, without a
+    gradient: with q and k what `frozen_attention` and `head_mass` need.
+    """
+    if kernels == "triton":
+        return _triton().attention(q, k, v, alpha, windows)
+    z = attention(q, k, v, alpha, windows, kernels)
+    with torch.no_grad():
+        return z, torch.cat([s.logsumexp(-1) for _, s in _score_tiles(q, k, alpha, windows)], dim=2)
+
+
+@torch.no_grad()
+def frozen_attention(q, k, lse, values, alpha=None, windows=None, kernels="torch"):
+    """The pattern of the run that q, k and lse [batch, head, pos] were recorded from, applied to A
+    stacked tensors: values [A, batch, head, pos, d_head] -> the same shape. No gradient.
+    """
+    if kernels == "triton":
+        return _triton("frozen").frozen_attention(q, k, lse, values, alpha, windows)
+    if kernels == "reference":
+        return frozen_pattern(q, k, lse, alpha, windows).to(values.dtype) @ values
+    z = torch.empty_like(values)
+    for queries, scores in _score_tiles(q, k, alpha, windows):
+        pattern = torch.exp(scores - lse[:, :, queries, None]).to(values.dtype)
+        z[..., queries, :] = pattern @ values[..., : queries.stop, :]
+    return z
+
+
+def frozen_pattern(q, k, lse, alpha=None, windows=None):
+    """`attention_pattern` from a recorded lse."""
+    return torch.exp(attention_scores(q, k, alpha, windows) - lse[..., None])
+
+
+@torch.no_grad()
+def index_attention(index, values, kernels="torch"):
+    """All attention on one given key: index [batch, head, query] of keys, values [A, batch, head,
+    pos, d_head] -> z_i = value_{index_i} of the same shape; 0 where the index is negative.
+    """
+    if kernels == "triton":
+        return _triton("frozen").index_attention(index, values)
+    chosen = values.gather(3, index.clamp(min=0).long()[None, ..., None].expand_as(values))
+    return chosen.masked_fill(index[None, ..., None] < 0, 0)
+
+
+def head_statistics(q, k, lse, tokens, alpha=None, windows=None, offset=1, kernels="torch"):
+    """`metrics.prefix_matching_score` (with that offset) and `metrics.previous_token_score` of each
+    head, without its pattern: two [head], 0 to 1, float32.
+
+    tokens [batch, pos], a start token first; q, k and lse of the run over them.
+    """
+    batch, n_ctx = tokens.shape
+    matching, previous = head_mass(q, k, lse, tokens, alpha, windows, offset, kernels)
+    return matching / seen_before(tokens).sum(), previous / (batch * (n_ctx - 1))
+
+
+@torch.no_grad()
+def head_mass(q, k, lse, tokens, alpha=None, windows=None, offset=1, kernels="torch"):
+    """Attention mass [2, head], summed over batch and queries: on the prefix-matching keys, and on
+    the previous token.
+
+    Key k matches query q if the token at k - offset is q's own and 1 <= k - offset < q
+    (`metrics.prefix_matching_keys`).
+    """
+    if kernels == "triton":
+        return _triton("frozen").head_mass(q, k, lse, tokens, alpha, windows, offset)
+    n_ctx = tokens.shape[1]
+    copy = torch.arange(n_ctx, device=tokens.device) - offset
+    copied = tokens[:, copy.clamp(0, n_ctx - 1)]
+    mass = lse.new_zeros(2, q.shape[1])
+    for queries, scores in _score_tiles(q, k, alpha, windows):
+        pattern = torch.exp(scores - lse[:, :, queries, None])
+        query = torch.arange(queries.start, queries.stop, device=tokens.device)[:, None]
+        matches = tokens[:, queries, None] == copied[:, None, : queries.stop]
+        matches &= (copy[: queries.stop] >= 1) & (copy[: queries.stop] < query)
+        mass[0] += (pattern * matches[:, None]).sum(dim=(0, 2, 3))
+        mass[1] += pattern.diagonal(queries.start - 1, dim1=2, dim2=3).sum(dim=(0, 2))
+    return mass
+
+
+def seen_before(tokens):
+    """Which tokens have an earlier copy, the start token at position 0 apart: bool [batch, pos].
+    These are the queries with prefix-matching keys, found in O(T) memory.
+    """
+    in_order, position = tokens[:, 1:].sort(dim=1, stable=True)
+    again = F.pad(in_order[:, 1:] == in_order[:, :-1], (1, 0))
+    return torch.zeros_like(tokens, dtype=torch.bool).scatter_(1, position + 1, again)
+
+
+def _score_tiles(q, k, alpha, windows):
+    """For each tile of queries: its slice, and its scores [batch, head, query, key up to the
+    tile's last] in at least float32, -inf where hidden.
+    """
+    q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
+    if alpha is not None:
+        k = smear_keys(k, alpha)
+    for start, stop in _tiles(q.shape[2]):
+        at = torch.arange(start, stop, device=q.device)[None]
+        yield slice(start, stop), _scores(q[:, :, start:stop], k[:, :, :stop], windows, at)
+
+
+def _triton(module="attention"):
+    return importlib.import_module(f"kernels.{module}_triton")
 
 
 class _TiledAttention(torch.autograd.Function):

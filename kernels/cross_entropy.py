@@ -3,7 +3,8 @@
     logits_n = resid_n @ W_U                          [vocabulary]
     loss_n   = log(sum_v exp logits_nv) - logits_n[target_n]        nats
 
-Shapes: resid [row, d_model], W_U [d_model, d_vocab], targets [row] -> losses [row], float32.
+Shapes: resid [row, d_model], W_U [d_model, d_vocab], targets [row] -> losses [row], float32. A row
+whose target is -100 is ignored: its loss is 0 and it has no gradient.
 
 The plain way (`linear_cross_entropy_reference`) keeps logits, their log-softmax and its gradient:
 three arrays of row x d_vocab. Here the logits exist for one chunk of rows at a time, in one buffer
@@ -17,38 +18,55 @@ import torch
 import torch.nn.functional as F
 
 # logits in memory at once: large enough for full-speed matrix products, small enough to stay in a
-# CPU's cache
+# CPU's cache; but with fewer rows a product spends its time reading W_U
 CHUNK_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
+LEAST_ROWS = 64
+IGNORED = -100  # as in F.cross_entropy
 
 
-def linear_cross_entropy(resid, W_U, targets, kernels="torch"):
+def linear_cross_entropy(resid, W_U, targets, kernels="torch", rows=None):
     """Cross-entropy of every row in nats, [row], float32; differentiable in resid and W_U (module
     docstring).
+
+    rows: indices of the rows of resid that are asked for, in the order of their targets (default:
+    all). No others cost anything. kernels: "reference", "torch" or "triton" (on a GPU); all mean
+    the same up to rounding.
     """
+    if rows is not None:
+        resid = resid[rows]
     if kernels == "reference":
         return linear_cross_entropy_reference(resid, W_U, targets)
+    if kernels == "triton":
+        from kernels import cross_entropy_triton
+
+        return cross_entropy_triton.linear_cross_entropy(resid, W_U, targets)
+    asked = targets != IGNORED
+    if not asked.all():
+        losses = linear_cross_entropy(resid, W_U, targets[asked], kernels, rows=asked)
+        return losses.new_zeros(len(targets)).masked_scatter(asked, losses)
     wanted = torch.is_grad_enabled() and (resid.requires_grad or W_U.requires_grad)
     return _LinearCrossEntropy.apply(resid, W_U, targets, wanted)
 
 
 def linear_cross_entropy_reference(resid, W_U, targets):
     """The definition; see `linear_cross_entropy`."""
-    return F.cross_entropy(_at_least_float32(resid @ W_U), targets, reduction="none")
+    logits = _at_least_float32(resid @ W_U)
+    return F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORED)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, resid, W_U, targets, wanted):
         dresid, dW_U = (torch.empty_like(resid), torch.zeros_like(W_U)) if wanted else (None, None)
-        losses = []
+        losses = _at_least_float32(resid.new_empty(len(resid)))
         for rows, of_rows, dlogits in _chunks(resid, W_U, targets):
-            losses.append(of_rows)
+            losses[rows] = of_rows.squeeze(1)
             if wanted:
                 dlogits = dlogits.to(resid.dtype)
                 torch.mm(dlogits, W_U.T, out=dresid[rows])
                 dW_U.addmm_(resid[rows].T, dlogits)
         ctx.save_for_backward(resid, W_U, targets, dresid, dW_U)
-        return torch.cat(losses).squeeze(1)
+        return losses
 
     @staticmethod
     def backward(ctx, grad):
@@ -68,7 +86,7 @@ def _chunks(resid, W_U, targets):
     [row, d_vocab], in a buffer that the next chunk overwrites.
     """
     d_vocab = W_U.shape[1]
-    size = max(1, CHUNK_BYTES[resid.device.type] // (4 * d_vocab))
+    size = max(LEAST_ROWS, CHUNK_BYTES[resid.device.type] // (4 * d_vocab))
     buffer = resid.new_empty(min(size, len(resid)), d_vocab)
     for start in range(0, len(resid), size):
         rows = slice(start, min(start + size, len(resid)))

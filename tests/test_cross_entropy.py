@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels import cross_entropy as module
-from kernels.cross_entropy import linear_cross_entropy
+from kernels.cross_entropy import IGNORED, linear_cross_entropy
 
 
 def inputs(n_rows, d_model, d_vocab, dtype=torch.float32):
@@ -29,6 +29,7 @@ def test_fast_path_is_as_exact_as_the_reference(
     monkeypatch, n_rows, d_model, d_vocab, chunk, weights
 ):
     monkeypatch.setitem(module.CHUNK_BYTES, "cpu", chunk)
+    monkeypatch.setattr(module, "LEAST_ROWS", 1)
     tensors = inputs(n_rows, d_model, d_vocab)
     doubles = inputs(n_rows, d_model, d_vocab, torch.float64)
     exact = losses_and_gradients("reference", *doubles, weights)
@@ -81,3 +82,33 @@ def test_without_gradients_there_is_no_gradient_to_compute(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "addmm_", None)
     with torch.no_grad():
         linear_cross_entropy(resid, W_U, targets)
+
+
+@pytest.mark.parametrize("kernels", ["reference", "torch"])
+def test_chosen_rows_are_those_rows(kernels):
+    """In any order and any number of times; the gradient of a row is the sum of its uses."""
+    resid, W_U, targets = inputs(7, 16, 50, torch.float64)
+    rows = torch.tensor([5, 0, 5])
+    losses = linear_cross_entropy(resid, W_U, targets[rows], kernels, rows)
+    every = linear_cross_entropy(resid, W_U, targets, "reference")
+    assert torch.allclose(losses, every[rows])
+    weight = torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64)
+    chosen = torch.autograd.grad((losses * weight).sum(), (resid, W_U))
+    of_all = torch.autograd.grad(3 * every[5] + 3 * every[0], (resid, W_U))
+    for a, b in zip(chosen, of_all, strict=True):
+        assert torch.allclose(a, b)
+
+
+@pytest.mark.parametrize("kernels", ["reference", "torch"])
+@pytest.mark.parametrize("ignored", [[], [0, 3, 6], range(7)], ids=["none", "some", "all"])
+def test_ignored_targets_cost_nothing(kernels, ignored):
+    resid, W_U, targets = inputs(7, 16, 50)
+    kept = torch.tensor([n for n in range(7) if n not in ignored], dtype=torch.long)
+    with_ignored = targets.index_fill(0, torch.tensor([*ignored], dtype=torch.long), IGNORED)
+    losses, dresid, dW_U = losses_and_gradients(kernels, resid, W_U, with_ignored)
+    weight = torch.linspace(-1, 2, 7)[kept]
+    expected = linear_cross_entropy(resid[kept], W_U, targets[kept], "reference")
+    assert torch.allclose(losses[kept], expected) and losses.count_nonzero() == len(kept)
+    gradient = torch.autograd.grad((expected * weight).sum(), (resid, W_U))
+    for a, b in zip((dresid, dW_U), gradient, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)

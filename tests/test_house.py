@@ -41,7 +41,19 @@ ALLOWED = {
         "records",
         "evaluate",
     },
-    "bench": {"progress", "safety", "parallel", "data", "corpora", "model", "train", "kernels"},
+    "bench_kernels": {"parallel", "metrics", "kernels"},
+    "bench": {
+        "progress",
+        "safety",
+        "parallel",
+        "data",
+        "corpora",
+        "model",
+        "evaluate",
+        "train",
+        "kernels",
+        "bench_kernels",
+    },
     "plots": {"safety", "plots"},
 }
 

@@ -300,6 +300,7 @@ def test_a_full_disk_is_one_line_and_leaves_whole_files(workplace, text_file):
         (["--tokens", "-5"], "one step alone"),
         (["--lr", "0"], "must be positive"),
         (["--device", "cuda"], "no GPU"),
+        (["--kernels", "triton"], "run on a GPU"),
         (["--data", "nowhere.txt"], "no such file"),
         (["--vocabulary", "nowhere.tiktoken"], "No such file"),
         (["--resume"], "no run to go on with"),

@@ -1,0 +1,464 @@
+"""Causal attention in Triton, forward and backward, with smeared keys and local windows.
+
+The op is that of `attention.py`, which defines it:
+
+    key'_j     = share key_j + (1 - share) key_{j-1}      share = sigmoid(alpha); key'_0 = key_0
+    score_ij   = scale query_i . key'_j                   where 0 <= i - j < window, elsewhere -inf
+    z_i        = sum_j exp(score_ij - lse_i) value_j      lse_i = log sum_j exp(score_ij)
+
+Written out, the scores and the pattern are 2 T^2 numbers for each head, written once and read again
+and again; q, k, v and z are 4 T d_head. So no score ever leaves the chip:
+
+- Forward. A program owns a block of queries and walks along the keys, a tile at a time. It carries
+  for each query the highest score so far, the sum of exp(score - highest) and the same sum weighted
+  by the values; when a higher score turns up, both sums are scaled down to it. At the end the one
+  divided by the other is z, and lse = highest + log(sum) is kept: T numbers that stand for the T^2.
+- Backward. With lse the pattern is one subtraction and one exp away, in any order:
+
+      dvalue_j = sum_i pattern_ij dz_i
+      dscore_ij = pattern_ij (dz_i . value_j - delta_i)      delta_i = dz_i . z_i
+      dquery_i = scale sum_j dscore_ij key'_j,    dkey'_j = scale sum_i dscore_ij query_i
+
+  Two kernels: one owns queries and walks along keys (dquery, delta), one owns keys and walks along
+  queries (dkey', dvalue). Seven matrix products for a tile where one kernel needs five, but nobody
+  adds to anybody else's sums: no atomics, the same bits every run. The second works on transposed
+  scores, because transposing a product's result between two products is where compilers err.
+- Smeared keys are written to memory once, before (2 T d_head against T^2 d_head of work); after the
+  backward pass each key collects its two shares of dkey', and alpha its gradient. `fused_smear`
+  instead takes both products, query . key_j and query . key_{j-1}, and blends them in float32.
+- The walk has three stretches. Only the tiles that the window's left edge or the diagonal crosses
+  are compared with the query's position; those between are visible whole.
+
+Softmax is done to base 2, as the hardware does it; lse is natural. Scores, sums and the gradients
+of keys before unsmearing are float32, whatever the inputs are.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+UNLIMITED = tl.constexpr(2**30)  # a window longer than any text
+LOWEST = tl.constexpr(-1e30)  # finite: all keys of a tile may be hidden, and inf - inf is NaN
+
+
+def by_size(*configs):
+    return dict(zip((16, 32, 64, 128), configs, strict=True))
+
+
+# BLOCK_QUERY, BLOCK_KEY, num_warps, num_stages: for each architecture the largest tiles whose sums
+# stay in registers. float32, which has no tensor cores, goes by small ones on all of them.
+CONFIGS = {
+    (80, "forward"): by_size((64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 3)),
+    (80, "dquery"): by_size((64, 64, 4, 2), (64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 8, 2)),
+    (80, "dkey"): by_size((64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 2), (64, 64, 8, 2)),
+    (90, "forward"): by_size((128, 64, 8, 3), (128, 64, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2)),
+    (90, "dquery"): by_size((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
+    (90, "dkey"): by_size((64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 3)),
+    (100, "forward"): by_size(
+        (128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2)
+    ),
+    (100, "dquery"): by_size((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
+    (100, "dkey"): by_size((64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 3)),
+    ("float32", "forward"): by_size((16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 8, 2)),
+    ("float32", "dquery"): by_size((16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 8, 2)),
+    ("float32", "dkey"): by_size((32, 16, 4, 2), (32, 16, 4, 2), (32, 16, 4, 2), (16, 16, 4, 2)),
+}  # fmt: skip
+ROWS = 64  # of a block in the kernels that only read and write
+
+
+@triton.jit
+def place(n_heads, n_ctx, BLOCK: tl.constexpr):
+    """This program's block, batch row and head."""
+    n_blocks = tl.cdiv(n_ctx, BLOCK)
+    row = tl.program_id(0) // n_blocks
+    return tl.program_id(0) % n_blocks, row // n_heads, row % n_heads
+
+
+@triton.jit
+def place_of_queries(windows, n_heads, n_ctx, BLOCK_QUERY: tl.constexpr):
+    """This program's batch row, head, first query and window. The longest walks along the keys
+    start first, so that none is left over at the end.
+    """
+    block, batch, head = place(n_heads, n_ctx, BLOCK_QUERY)
+    first_query = (tl.cdiv(n_ctx, BLOCK_QUERY) - 1 - block) * BLOCK_QUERY
+    window = UNLIMITED if windows is None else tl.load(windows + head)
+    return batch, head, first_query, window
+
+
+@triton.jit
+def row_pointers(x, strides, batch, head, first, BLOCK: tl.constexpr, D_HEAD: tl.constexpr):
+    """Pointers to BLOCK rows of a head from position `first` on, [BLOCK, D_HEAD]."""
+    x += batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+    pos = first + tl.arange(0, BLOCK)
+    return x + pos[:, None] * strides[2] + tl.arange(0, D_HEAD)[None, :]
+
+
+@triton.jit
+def rows_inside(first, n_ctx, BLOCK: tl.constexpr):
+    """Which of the positions from `first` on exist, [BLOCK, 1]."""
+    pos = first + tl.arange(0, BLOCK)[:, None]
+    return (pos >= 0) & (pos < n_ctx)
+
+
+@triton.jit
+def load_rows(x, strides, batch, head, first, n_ctx, BLOCK: tl.constexpr, D_HEAD: tl.constexpr):
+    """Those rows; 0 where there is no such position. x: a pointer or a tensor descriptor."""
+    if isinstance(x, tl.tensor_descriptor):
+        return x.load([batch, head, first, 0]).reshape(BLOCK, D_HEAD)
+    else:
+        at = row_pointers(x, strides, batch, head, first, BLOCK, D_HEAD)
+        return tl.load(at, mask=rows_inside(first, n_ctx, BLOCK), other=0.0)
+
+
+@triton.jit
+def visible(queries, keys, window):
+    return (keys <= queries) & (keys > queries - window)
+
+
+@triton.jit
+def key_stretches(first_query, window, n_ctx, BLOCK_QUERY: tl.constexpr, BLOCK_KEY: tl.constexpr):
+    """Where the three stretches of a walk along the keys begin and end: left edge, whole, diagonal.
+
+    The second is the tiles of which every query of the block sees every key.
+    """
+    start = tl.maximum(first_query - window + 1, 0) // BLOCK_KEY * BLOCK_KEY
+    stop = tl.minimum(first_query + BLOCK_QUERY, n_ctx)
+    whole_stop = first_query // BLOCK_KEY * BLOCK_KEY
+    last_left_edge = tl.maximum(first_query + BLOCK_QUERY - window, 0)
+    whole_start = tl.minimum(tl.cdiv(last_left_edge, BLOCK_KEY) * BLOCK_KEY, whole_stop)
+    return start, tl.maximum(whole_start, start), whole_stop, stop
+
+
+@triton.jit
+def query_stretches(first_key, window, n_ctx, BLOCK_QUERY: tl.constexpr, BLOCK_KEY: tl.constexpr):
+    """The same for a walk along the queries: diagonal, whole, and the right edge, which is the
+    window's or the end of the text.
+    """
+    start = first_key // BLOCK_QUERY * BLOCK_QUERY
+    stop = tl.minimum(first_key + BLOCK_KEY - 1 + window, n_ctx)
+    below = tl.cdiv(first_key + BLOCK_KEY, BLOCK_QUERY) * BLOCK_QUERY
+    whole_start = tl.minimum(below, n_ctx)
+    whole_stop = tl.minimum(first_key + window, n_ctx) // BLOCK_QUERY * BLOCK_QUERY
+    return start, whole_start, tl.maximum(whole_stop, whole_start), stop
+
+
+@triton.jit
+def _forward_kernel(
+    q, q_strides, k, k_strides, v, v_strides, z, z_strides, lse, alpha, windows,
+    n_heads, n_ctx, scale,
+    D_HEAD: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_KEY: tl.constexpr,
+):  # fmt: skip
+    batch, head, first_query, window = place_of_queries(windows, n_heads, n_ctx, BLOCK_QUERY)
+    queries = first_query + tl.arange(0, BLOCK_QUERY)
+    share = None if alpha is None else tl.sigmoid(tl.load(alpha + head).to(tl.float32))
+    scale *= LOG2_E
+
+    q = load_rows(q, q_strides, batch, head, first_query, n_ctx, BLOCK_QUERY, D_HEAD)
+    highest = tl.full([BLOCK_QUERY], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_QUERY], tl.float32)
+    weighted = tl.zeros([BLOCK_QUERY, D_HEAD], tl.float32)
+    bounds = key_stretches(first_query, window, n_ctx, BLOCK_QUERY, BLOCK_KEY)
+    for stretch in tl.static_range(1 if windows is None else 0, 3):
+        for first_key in tl.range(bounds[stretch], bounds[stretch + 1], BLOCK_KEY):
+            keys = first_key + tl.arange(0, BLOCK_KEY)
+            k_tile = load_rows(k, k_strides, batch, head, first_key, n_ctx, BLOCK_KEY, D_HEAD)
+            scores = tl.dot(q, k_tile.T, input_precision="ieee")
+            if alpha is not None:
+                before = load_rows(
+                    k, k_strides, batch, head, first_key - 1, n_ctx, BLOCK_KEY, D_HEAD
+                )
+                scores_before = tl.dot(q, before.T, input_precision="ieee")
+                own = tl.where(keys == 0, 1.0, share)[None, :]
+                scores = scores_before + own * (scores - scores_before)
+            if stretch != 1:
+                seen = visible(queries[:, None], keys[None, :], window)
+                scores = tl.where(seen, scores, float("-inf"))
+            new_highest = tl.maximum(highest, tl.max(scores, axis=1) * scale)
+            pattern = tl.exp2(scores * scale - new_highest[:, None])
+            shrink = tl.exp2(highest - new_highest)
+            total = total * shrink + tl.sum(pattern, axis=1)
+            v_tile = load_rows(v, v_strides, batch, head, first_key, n_ctx, BLOCK_KEY, D_HEAD)
+            weighted *= shrink[:, None]
+            weighted = tl.dot(pattern.to(v_tile.dtype), v_tile, weighted, input_precision="ieee")
+            highest = new_highest
+
+    at = row_pointers(z, z_strides, batch, head, first_query, BLOCK_QUERY, D_HEAD)
+    weighted /= total[:, None]
+    tl.store(at, weighted.to(z.dtype.element_ty), mask=rows_inside(first_query, n_ctx, BLOCK_QUERY))
+    lse += (batch.to(tl.int64) * n_heads + head) * n_ctx
+    tl.store(lse + queries, (highest + tl.log2(total)) * LN_2, mask=queries < n_ctx)
+
+
+@triton.jit
+def _dquery_kernel(
+    q, q_strides, k, k_strides, v, v_strides, z, z_strides, dz, dz_strides, dq, dq_strides,
+    lse, delta, windows, n_heads, n_ctx, scale,
+    D_HEAD: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_KEY: tl.constexpr,
+):  # fmt: skip
+    batch, head, first_query, window = place_of_queries(windows, n_heads, n_ctx, BLOCK_QUERY)
+    queries = first_query + tl.arange(0, BLOCK_QUERY)
+
+    q = load_rows(q, q_strides, batch, head, first_query, n_ctx, BLOCK_QUERY, D_HEAD)
+    dz = load_rows(dz, dz_strides, batch, head, first_query, n_ctx, BLOCK_QUERY, D_HEAD)
+    z = load_rows(z, z_strides, batch, head, first_query, n_ctx, BLOCK_QUERY, D_HEAD)
+    row = (batch.to(tl.int64) * n_heads + head) * n_ctx
+    lse = tl.load(lse + row + queries, mask=queries < n_ctx, other=0.0) * LOG2_E
+    own_delta = tl.sum(dz.to(tl.float32) * z.to(tl.float32), axis=1)
+    tl.store(delta + row + queries, own_delta, mask=queries < n_ctx)
+
+    dq_tile = tl.zeros([BLOCK_QUERY, D_HEAD], tl.float32)
+    bounds = key_stretches(first_query, window, n_ctx, BLOCK_QUERY, BLOCK_KEY)
+    for stretch in tl.static_range(1 if windows is None else 0, 3):
+        for first_key in tl.range(bounds[stretch], bounds[stretch + 1], BLOCK_KEY):
+            keys = first_key + tl.arange(0, BLOCK_KEY)
+            k_tile = load_rows(k, k_strides, batch, head, first_key, n_ctx, BLOCK_KEY, D_HEAD)
+            v_tile = load_rows(v, v_strides, batch, head, first_key, n_ctx, BLOCK_KEY, D_HEAD)
+            scores = tl.dot(q, k_tile.T, input_precision="ieee")
+            pattern = tl.exp2(scores * (scale * LOG2_E) - lse[:, None])
+            if stretch != 1:
+                seen = visible(queries[:, None], keys[None, :], window)
+                pattern = tl.where(seen, pattern, 0.0)
+            dpattern = tl.dot(dz, v_tile.T, input_precision="ieee")
+            dscores = (pattern * (dpattern - own_delta[:, None])).to(k_tile.dtype)
+            dq_tile = tl.dot(dscores, k_tile, dq_tile, input_precision="ieee")
+
+    at = row_pointers(dq, dq_strides, batch, head, first_query, BLOCK_QUERY, D_HEAD)
+    dq_tile *= scale
+    tl.store(at, dq_tile.to(dq.dtype.element_ty), mask=rows_inside(first_query, n_ctx, BLOCK_QUERY))
+
+
+@triton.jit
+def _dkey_kernel(
+    q, q_strides, k, k_strides, v, v_strides, dz, dz_strides, dk, dk_strides, dv, dv_strides,
+    lse, delta, windows, n_heads, n_ctx, scale,
+    D_HEAD: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_KEY: tl.constexpr,
+):  # fmt: skip
+    """dkey' and dvalue. Scores are [key, query] here."""
+    block, batch, head = place(n_heads, n_ctx, BLOCK_KEY)
+    first_key = block * BLOCK_KEY
+    keys = first_key + tl.arange(0, BLOCK_KEY)
+    window = UNLIMITED if windows is None else tl.load(windows + head)
+    row = (batch.to(tl.int64) * n_heads + head) * n_ctx
+
+    k = load_rows(k, k_strides, batch, head, first_key, n_ctx, BLOCK_KEY, D_HEAD)
+    v = load_rows(v, v_strides, batch, head, first_key, n_ctx, BLOCK_KEY, D_HEAD)
+    dk_tile = tl.zeros([BLOCK_KEY, D_HEAD], tl.float32)
+    dv_tile = tl.zeros([BLOCK_KEY, D_HEAD], tl.float32)
+    bounds = query_stretches(first_key, window, n_ctx, BLOCK_QUERY, BLOCK_KEY)
+    for stretch in tl.static_range(3):
+        for first_query in tl.range(bounds[stretch], bounds[stretch + 1], BLOCK_QUERY):
+            queries = first_query + tl.arange(0, BLOCK_QUERY)
+            q_tile = load_rows(q, q_strides, batch, head, first_query, n_ctx, BLOCK_QUERY, D_HEAD)
+            dz_tile = load_rows(
+                dz, dz_strides, batch, head, first_query, n_ctx, BLOCK_QUERY, D_HEAD
+            )
+            # a query past the end has no pattern: exp(score - inf) = 0
+            lse_tile = tl.load(lse + row + queries, mask=queries < n_ctx, other=float("inf"))
+            delta_tile = tl.load(delta + row + queries, mask=queries < n_ctx, other=0.0)
+            scores = tl.dot(k, q_tile.T, input_precision="ieee")
+            pattern = tl.exp2(scores * (scale * LOG2_E) - lse_tile[None, :] * LOG2_E)
+            if stretch != 1:
+                seen = visible(queries[None, :], keys[:, None], window)
+                pattern = tl.where(seen, pattern, 0.0)
+            dv_tile = tl.dot(pattern.to(dz_tile.dtype), dz_tile, dv_tile, input_precision="ieee")
+            dpattern = tl.dot(v, dz_tile.T, input_precision="ieee")
+            dscores = (pattern * (dpattern - delta_tile[None, :])).to(q_tile.dtype)
+            dk_tile = tl.dot(dscores, q_tile, dk_tile, input_precision="ieee")
+
+    inside = rows_inside(first_key, n_ctx, BLOCK_KEY)
+    at = row_pointers(dk, dk_strides, batch, head, first_key, BLOCK_KEY, D_HEAD)
+    tl.store(at, (dk_tile * scale).to(dk.dtype.element_ty), mask=inside)
+    at = row_pointers(dv, dv_strides, batch, head, first_key, BLOCK_KEY, D_HEAD)
+    tl.store(at, dv_tile.to(dv.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _smear_kernel(
+    k, k_strides, smeared, smeared_strides, alpha, n_heads, n_ctx,
+    D_HEAD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    block, batch, head = place(n_heads, n_ctx, ROWS)
+    first = block * ROWS
+    share = tl.sigmoid(tl.load(alpha + head).to(tl.float32))
+    key = load_rows(k, k_strides, batch, head, first, n_ctx, ROWS, D_HEAD).to(tl.float32)
+    before = load_rows(k, k_strides, batch, head, first - 1, n_ctx, ROWS, D_HEAD).to(tl.float32)
+    own = tl.where(first + tl.arange(0, ROWS) == 0, 1.0, share)[:, None]
+    blend = before + own * (key - before)
+    at = row_pointers(smeared, smeared_strides, batch, head, first, ROWS, D_HEAD)
+    tl.store(at, blend.to(smeared.dtype.element_ty), mask=rows_inside(first, n_ctx, ROWS))
+
+
+@triton.jit
+def _unsmear_kernel(
+    k, k_strides, dsmeared, dsmeared_strides, dk, dk_strides, dalpha, alpha, n_heads, n_ctx,
+    D_HEAD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """A key's gradient from the two smeared keys it is part of, and the block's part of alpha's."""
+    block, batch, head = place(n_heads, n_ctx, ROWS)
+    first = block * ROWS
+    share = tl.sigmoid(tl.load(alpha + head).to(tl.float32))
+    untouched = (first + tl.arange(0, ROWS) == 0)[:, None]
+    here = load_rows(dsmeared, dsmeared_strides, batch, head, first, n_ctx, ROWS, D_HEAD)
+    after = load_rows(dsmeared, dsmeared_strides, batch, head, first + 1, n_ctx, ROWS, D_HEAD)
+    gradient = tl.where(untouched, 1.0, share) * here + (1 - share) * after
+    at = row_pointers(dk, dk_strides, batch, head, first, ROWS, D_HEAD)
+    tl.store(at, gradient.to(dk.dtype.element_ty), mask=rows_inside(first, n_ctx, ROWS))
+
+    key = load_rows(k, k_strides, batch, head, first, n_ctx, ROWS, D_HEAD).to(tl.float32)
+    before = load_rows(k, k_strides, batch, head, first - 1, n_ctx, ROWS, D_HEAD).to(tl.float32)
+    by_share = tl.sum(tl.where(untouched, 0.0, here * (key - before)))
+    tl.store(dalpha + tl.program_id(0), by_share * share * (1 - share))
+
+
+def attention(q, k, v, alpha=None, windows=None, fused_smear=False):
+    """-> z [batch, head, pos, d_head], and lse [batch, head, pos], float32, which has no gradient;
+    see `attention.attention`.
+
+    q, k, v: float32, float16 or bfloat16, all three the same; head sizes up to 128. fused_smear:
+    smear in the forward kernel, without rounding to 16 bits and without memory, instead of before
+    (float32 keys lose nothing and are always smeared before).
+    """
+    d_head = q.shape[3]
+    if d_head > 128:
+        raise ValueError(f"d_head is {d_head}: the Triton kernels go up to 128")
+    q, k, v = (padded(x) for x in (q, k, v))
+    z, lse = _Attention.apply(q, k, v, alpha, windows, d_head**-0.5, fused_smear)
+    return z[..., :d_head], lse
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, alpha, windows, scale, fused_smear):
+        q, k, v = readable(q), readable(k), readable(v)
+        _, n_heads, n_ctx, d_head = q.shape
+        ctx.windows, ctx.scale = window_tensor(windows, q), scale
+        fused = alpha if fused_smear and q.dtype != torch.float32 else None
+        keys = k if alpha is None or fused is not None else smear_keys(k, alpha)
+        z, lse = empty_rows(v), v.new_empty(v.shape[:3], dtype=torch.float32)
+        config = launch_config(CONFIGS, "forward", q)
+        _forward_kernel[programs(q, config["BLOCK_QUERY"])](
+            *rows(q), *tiles(keys, config["BLOCK_KEY"]), *tiles(v, config["BLOCK_KEY"]), *rows(z),
+            lse, fused, ctx.windows, n_heads, n_ctx, scale, d_head,
+            **config,
+        )  # fmt: skip
+        ctx.save_for_backward(q, k, v, alpha, z, lse)
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        return z, lse
+
+    @staticmethod
+    def backward(ctx, dz, _):
+        q, k, v, alpha, z, lse = ctx.saved_tensors
+        _, n_heads, n_ctx, d_head = q.shape
+        dz = readable(dz)
+        keys = k if alpha is None else smear_keys(k, alpha)
+        dq, dv, delta = empty_rows(q), empty_rows(v), torch.empty_like(lse)
+        # alpha's gradient is a sum of products of these that cancel
+        dkeys = empty_rows(k, k.dtype if alpha is None else torch.float32)
+        sizes = ctx.windows, n_heads, n_ctx, ctx.scale, d_head
+
+        config = launch_config(CONFIGS, "dquery", q)
+        _dquery_kernel[programs(q, config["BLOCK_QUERY"])](
+            *rows(q), *tiles(keys, config["BLOCK_KEY"]), *tiles(v, config["BLOCK_KEY"]), *rows(z),
+            *rows(dz), *rows(dq), lse, delta, *sizes, **config,
+        )  # fmt: skip
+        config = launch_config(CONFIGS, "dkey", q)
+        _dkey_kernel[programs(q, config["BLOCK_KEY"])](
+            *tiles(q, config["BLOCK_QUERY"]), *rows(keys), *rows(v),
+            *tiles(dz, config["BLOCK_QUERY"]), *rows(dkeys), *rows(dv), lse, delta, *sizes,
+            **config,
+        )  # fmt: skip
+        if alpha is None:
+            return dq, dkeys, dv, None, None, None, None
+
+        grid, dk = programs(k, ROWS), empty_rows(k)
+        parts = dkeys.new_empty(grid)
+        _unsmear_kernel[grid](
+            *rows(k), *rows(dkeys), *rows(dk), parts, alpha, n_heads, n_ctx, d_head, ROWS
+        )
+        dalpha = parts.view(len(k), n_heads, -1).sum(dim=(0, 2)).to(alpha.dtype)
+        return dq, dk, dv, dalpha, None, None, None
+
+
+def smear_keys(k, alpha):
+    """`attention.smear_keys`, without a gradient."""
+    smeared = empty_rows(k)
+    _, n_heads, n_ctx, d_head = k.shape
+    _smear_kernel[programs(k, ROWS)](*rows(k), *rows(smeared), alpha, n_heads, n_ctx, d_head, ROWS)
+    return smeared
+
+
+def launch_config(configs, kernel, x):
+    """How to start a kernel on this GPU for heads like those of x: block sizes, warps, stages."""
+    on = "float32" if x.dtype == torch.float32 else architecture()
+    names = "BLOCK_QUERY", "BLOCK_KEY", "num_warps", "num_stages", "GROUP"
+    return dict(zip(names, configs[on, kernel][x.shape[-1]], strict=False))
+
+
+def architecture():
+    """The family of the GPU in use: 80, 90 or 100."""
+    arch = triton.runtime.driver.active.get_current_target().arch
+    return max(family for family in (80, 90, 100) if family <= arch)
+
+
+def programs(x, block):
+    """The grid: a program for each block of each head of x [batch, head, pos, d_head]."""
+    batch, n_heads, n_ctx, _ = x.shape[-4:]
+    return (batch * n_heads * triton.cdiv(n_ctx, block),)
+
+
+def rows(x):
+    """x as a kernel takes it: itself and its strides over batch, head and pos."""
+    return x, x.stride()[:-1]
+
+
+def tiles(x, block):
+    """The same for what a kernel walks along, `block` rows at a time. From sm_90 on a tensor
+    descriptor lets the hardware bring tiles to the tensor cores on its own; before, and in float32,
+    whose products are made in registers, descriptors cost more of those than they save.
+    """
+    if architecture() < 90 or x.dtype == torch.float32:
+        return rows(x)
+    block_shape = [1] * (x.dim() - 2) + [block, x.shape[-1]]
+    return TensorDescriptor(x, x.shape, x.stride(), block_shape), x.stride()[:-1]
+
+
+def readable(x):
+    """x if tensor descriptors can describe it (whole rows, all strides multiples of 16 bytes), else
+    a copy.
+    """
+    steps = [stride * x.element_size() for stride in x.stride()[:-1]]
+    aligned = all(step > 0 and step % 16 == 0 for step in (*steps, x.data_ptr() or 16))
+    return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+def padded(x):
+    """Head sizes between the powers of two, with zeros up to the next."""
+    missing = max(16, triton.next_power_of_2(x.shape[-1])) - x.shape[-1]
+    return F.pad(x, (0, missing)) if missing else x  # F.pad copies, even to add nothing
+
+
+def empty_rows(x, dtype=None):
+    """Memory for a [batch, head, pos, d_head], laid out [batch, pos, head, d_head]: as projections
+    make their inputs and want their outputs.
+    """
+    *batch, n_heads, n_ctx, d_head = x.shape
+    return x.new_empty(*batch, n_ctx, n_heads, d_head, dtype=dtype).transpose(-3, -2)
+
+
+def window_tensor(windows, q):
+    """Each head's window on the device, int32; None if every head sees everything."""
+    if windows is None or min(windows) >= q.shape[2]:
+        return None
+    return _on_device(windows, q.device)
+
+
+@functools.lru_cache  # a copy to the device makes the host wait
+def _on_device(windows, device):
+    return torch.tensor([min(w, UNLIMITED.value) for w in windows], dtype=torch.int32).to(device)
