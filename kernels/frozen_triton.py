@@ -6,7 +6,7 @@ A recorded log-sum-exp turns scores into the pattern with no running maximum and
     pattern_ij = exp(score_ij - lse_i)
 
 so that whatever only needs the pattern is one walk along the keys, and no pattern is in memory.
-`attention.py` defines the three ops; `attention_triton.py` explains the walk.
+`attention.py` defines the three ops; `tiles_triton.py` explains the walk.
 
 - Frozen attention. Scores and exp are computed once for GROUP value tensors, whose sums a program
   carries side by side: with A of them, 1 + A products a tile where A runs of attention take 2 A,
@@ -22,7 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention_triton import (
+from kernels.attention_triton import smear_keys
+from kernels.tiles_triton import (
     LOG2_E,
     ROWS,
     by_size,
@@ -38,7 +39,6 @@ from kernels.attention_triton import (
     row_pointers,
     rows,
     rows_inside,
-    smear_keys,
     tiles,
     visible,
     window_tensor,

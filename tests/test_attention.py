@@ -28,7 +28,7 @@ def inputs(n_ctx, d_head=16, n_heads=3, batch=2, seed=0, dtype=torch.float32):
 def output_and_gradients(function, tensors, *args):
     """z and the gradient of a random weighting of it for every tensor."""
     z = function(*tensors, *args)
-    weight = torch.randn(z.shape, generator=torch.Generator().manual_seed(9)).to(z.dtype)
+    weight = torch.randn(z.shape, generator=torch.Generator().manual_seed(9)).to(z)
     return [z.detach(), *torch.autograd.grad((z * weight).sum(), tensors)]
 
 

@@ -4,6 +4,11 @@ the interpreter cannot see shows here: tensor-core rounding, races, the compiler
 A compiler may err in one configuration and not in the next, so none is left out.
 """
 
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -30,11 +35,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 D_HEADS = [16, 32, 64, 128]
 WINDOWS = (1, 5, 300, 2000)
 ALPHA = (-10.0, -1.0, 0.5, 10.0)
-
-
-@pytest.fixture(autouse=True)
-def full_float32_products(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
 def on_gpu(n_ctx, d_head, dtype, seed=0):
@@ -117,3 +117,13 @@ def test_head_statistics_of_8192_tokens_take_no_pattern():
     before = torch.cuda.memory_allocated()
     head_statistics(q, k, lse, tokens, kernels="triton")
     assert torch.cuda.max_memory_allocated() - before < q.numel() * q.element_size()
+
+
+@pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="needs compute-sanitizer")
+def test_no_kernel_reaches_beyond_its_memory():
+    subprocess.run(
+        ["compute-sanitizer", "--error-exitcode=1", sys.executable, "-m", "pytest", __file__]
+        + ["-k", "local and 64 and bfloat16 and (1000 or frozen) or index"],
+        env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # a cache hides what lies beyond
+        check=True,
+    )

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from kernels import attention_triton as module
 from kernels.attention import attention, attention_and_lse, attention_reference
-from kernels.attention_triton import architecture, key_stretches, tiles
+from kernels.tiles_triton import architecture, key_stretches, tiles
 from tests.test_attention import (
     assert_as_exact_as_the_reference,
     inputs,
