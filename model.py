@@ -130,14 +130,25 @@ SERIES = {
 }
 
 
+EPSILON = 1e-5  # under the root of every LayerNorm's variance
+
+
 class LayerNorm(nn.Module):
     def __init__(self, d_model):
         super().__init__()
         self.w = nn.Parameter(torch.ones(d_model))
         self.b = nn.Parameter(torch.zeros(d_model))
 
-    def forward(self, resid):
-        return F.layer_norm(resid, self.w.shape, self.w, self.b)
+    def forward(self, resid, scale=None):
+        """scale [..., 1]: divide by this instead of by resid's own deviation. A LayerNorm so frozen is
+        linear.
+        """
+        if scale is None:
+            return F.layer_norm(resid, self.w.shape, self.w, self.b, EPSILON)
+        return (resid - resid.mean(-1, keepdim=True)) / scale * self.w + self.b
+
+    def scale(self, resid):
+        return (resid.var(-1, correction=0, keepdim=True) + EPSILON).sqrt()
 
 
 class Attention(nn.Module):
@@ -155,14 +166,13 @@ class Attention(nn.Module):
         self.windows = config.windows
 
     def forward(self, x, positions, kernels, touch):
-        q, k = _per_head(x + positions, torch.cat([self.W_Q, self.W_K])).chunk(2, dim=1)
-        q, k, v = touch("q", q), touch("k", k), touch("v", _per_head(x, self.W_V))
+        q, k = per_head(x + positions, torch.cat([self.W_Q, self.W_K])).chunk(2, dim=1)
+        q, k, v = touch("q", q), touch("k", k), touch("v", per_head(x, self.W_V))
         if touch is _untouched:
             z = attention(q, k, v, self.alpha, self.windows, kernels)
         else:  # somebody is looking: the pattern has to exist
             z = touch("pattern", attention_pattern(q, k, self.alpha, self.windows)) @ v
-        z = touch("z", z)
-        return z.transpose(1, 2).flatten(2) @ self.W_O.flatten(0, 1).to(z.dtype)
+        return sum_over_heads(touch("z", z), self.W_O)
 
 
 class MLP(nn.Module):
@@ -191,10 +201,12 @@ class Block(nn.Module):
 
     def forward(self, resid, positions, dtype, kernels, touch):
         resid = touch("resid_pre", resid)
-        resid = resid + self.attn(self.ln1(resid).to(dtype), positions, kernels, touch)
+        x = _normalise(self.ln1, resid, "ln1_scale", touch)
+        resid = resid + self.attn(x.to(dtype), positions, kernels, touch)
         resid = touch("resid_mid", resid)
         if self.mlp:
-            resid = resid + touch("mlp_out", self.mlp(self.ln2(resid).to(dtype)))
+            x = _normalise(self.ln2, resid, "ln2_scale", touch)
+            resid = resid + touch("mlp_out", self.mlp(x.to(dtype)))
         return touch("resid_post", resid)
 
 
@@ -202,9 +214,10 @@ class Transformer(nn.Module):
     """`model(tokens)` -> logits; `model.losses(tokens, targets)` -> nats for each token, without
     the logits in memory.
 
-    Both take `hook(name, layer, value)`, called on resid_pre, q, k, v, pattern, z, resid_mid,
-    mlp_out and resid_post of every layer and on resid_final: what it returns replaces the value,
-    None keeps it. Without a hook no pattern exists in memory.
+    Both take `hook(name, layer, value)`, called on resid_pre, ln1_scale, q, k, v, pattern, z,
+    resid_mid, ln2_scale, mlp_out and resid_post of every layer and on ln_final_scale and
+    resid_final: what it returns replaces the value, None keeps it. (The scale of a LayerNorm is
+    what it divides by.) Without a hook no pattern exists in memory.
 
     kernels: "reference" or "torch". dtype: of the matrix products; weights and the residual stream
     stay in float32.
@@ -246,7 +259,9 @@ class Transformer(nn.Module):
         resid = F.embedding(tokens, self.embed["W_E"])
         for layer, block in enumerate(self.blocks):
             resid = block(resid, positions, self.dtype, self.kernels, _touching(hook, layer))
-        return _touching(hook, len(self.blocks))("resid_final", self.ln_final(resid).to(self.dtype))
+        touch = _touching(hook, len(self.blocks))
+        resid = _normalise(self.ln_final, resid, "ln_final_scale", touch)
+        return touch("resid_final", resid.to(self.dtype))
 
     def forward(self, tokens, hook=None):
         """tokens [batch, pos] -> logits [batch, pos, d_vocab]."""
@@ -279,11 +294,20 @@ def count_parameters(model):
     return everything, matrices
 
 
-def _per_head(x, W):
-    """x [batch, pos, d_model] @ W [head, d_model, d_head] -> [batch, head, pos, d_head]."""
+def per_head(x, W):
+    """x [..., pos, d_model] @ W [head, d_model, d_head] -> [..., head, pos, d_head]."""
     n_heads, d_model, d_head = W.shape
     flat = W.transpose(0, 1).reshape(d_model, n_heads * d_head).to(x.dtype)
-    return (x @ flat).view(*x.shape[:2], n_heads, d_head).transpose(1, 2)
+    return (x @ flat).unflatten(-1, (n_heads, d_head)).transpose(-3, -2)
+
+
+def sum_over_heads(z, W_O):
+    """z [..., head, pos, d_head] @ W_O [head, d_head, d_model] -> [..., pos, d_model]."""
+    return z.transpose(-3, -2).flatten(-2) @ W_O.flatten(0, 1).to(z.dtype)
+
+
+def _normalise(ln, resid, name, touch):
+    return ln(resid) if touch is _untouched else ln(resid, touch(name, ln.scale(resid)))
 
 
 def _untouched(name, value):

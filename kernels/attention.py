@@ -69,6 +69,33 @@ def attention_pattern(q, k, alpha=None, windows=None):
     return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
 
 
+def frozen_attention(q, k, lse, values, alpha=None, windows=None):
+    """One pattern for many values: z [stack, batch, head, pos, d_head], where every z has the
+    pattern that q, k [batch, head, pos, d_head] make and its own `values` of the same shape as z.
+
+    What pattern-preserving ablations need: the softmax is computed once for all of them, tile by
+    tile, and no T x T pattern exists. lse [batch, head, pos], the logarithm of each row's softmax
+    denominator, spares finding it again; None if it was not kept.
+    """
+    if alpha is not None:
+        k = smear_keys(k, alpha)
+    shape = values.shape
+    q, k = q.flatten(0, 1), k.flatten(0, 1)
+    values = values.flatten(1, 2)  # [stack, batch * head, pos, d_head]
+    z = torch.empty_like(values)
+    for start, stop in _tiles(q.shape[1]):
+        scores = q.new_empty(len(q), stop - start, stop)
+        _multiply(q[:, start:stop], k[:, :stop].transpose(1, 2), scores, q.shape[2] ** -0.5)
+        _mask(scores, start, stop, windows)
+        if lse is None:
+            pattern = torch.softmax(scores, dim=-1, out=scores)
+        else:
+            pattern = scores.sub_(lse.flatten(0, 1)[:, start:stop, None]).exp_()
+        for value, out in zip(values, z, strict=True):
+            _multiply(pattern, value[:, :stop], out=out[:, start:stop])
+    return z.view(shape)
+
+
 def smear_keys(k, alpha):
     """k_j <- sigmoid(alpha) k_j + (1 - sigmoid(alpha)) k_{j-1}, head by head; the first key is
     unchanged.
