@@ -140,8 +140,8 @@ class LayerNorm(nn.Module):
         self.b = nn.Parameter(torch.zeros(d_model))
 
     def forward(self, resid, scale=None):
-        """scale [..., 1]: divide by this instead of by resid's own deviation. A LayerNorm so frozen is
-        linear.
+        """scale [..., 1]: divide by this instead of by resid's own deviation, which freezes the
+        LayerNorm: it then is linear.
         """
         if scale is None:
             return F.layer_norm(resid, self.w.shape, self.w, self.b, EPSILON)

@@ -66,7 +66,9 @@ def preserving_patterns(model, inputs, hook, freeze_layernorm=False):
 
 
 def silence(z, heads, layer, means=None):
-    """Replaces, in place, those of the heads that are in this layer. z [batch, head, pos, d_head]."""
+    """Replaces, in place, the results of those of the heads that are in this layer. z [batch, head,
+    pos, d_head].
+    """
     for head in heads_in(heads, layer):
         z[:, head] = 0 if means is None else means[layer, head]
     return z
