@@ -228,17 +228,47 @@ def summarise(records, measure_again):
 
 def best_head(scores):
     """{"head": "layer:head", "score"} of the highest score in [layer, head]."""
-    layer, head = np.unravel_index(scores.argmax(), scores.shape)
-    return {"head": f"{layer}:{head}", "score": round(float(scores[layer, head]), 4)}
+    place = np.unravel_index(scores.argmax(), scores.shape)
+    return {"head": label(place), "score": round(float(scores[place]), 4)}
 
 
 def heads_table(record):
     """One row for each head: its name `layer:head`, its three scores and its class."""
     rows = []
-    for layer, head in np.ndindex(record["prefix_matching"].shape):
-        scores = {name: round(float(record[name][layer, head]), 4) for name in HEAD_SCORES}
-        rows.append({"head": f"{layer}:{head}", **scores, "class": metrics.head_class(**scores)})
+    for place in np.ndindex(record["prefix_matching"].shape):
+        scores = {name: round(float(record[name][place]), 4) for name in HEAD_SCORES}
+        rows.append({"head": label(place), **scores, "class": metrics.head_class(**scores)})
     return rows
+
+
+def label(head):
+    return "{}:{}".format(*head)
+
+
+# sets of heads by name: which rows of the table are in them
+CLASSES = {
+    "prefix-matching": lambda row: row["prefix_matching"] >= metrics.INDUCTION_PREFIX_MATCHING,
+    "induction": lambda row: row["class"] == "induction",
+    "previous-token": lambda row: row["class"] == "previous token",
+}
+
+
+def pick_heads(table, wanted):
+    """wanted: the name of a class, or heads by name, 1:3,1:7 -> [(layer, head)], sorted; none if
+    no head is of that class. Raises BadInput for a head that is not in the table.
+    """
+    names = [row["head"] for row in table]
+    if wanted in CLASSES:
+        chosen = [row["head"] for row in table if CLASSES[wanted](row)]
+    else:
+        chosen = wanted.split(",")
+        for name in chosen:
+            if name not in names:
+                raise BadInput(
+                    f"--heads {name}: no such head: they are {names[0]} to {names[-1]}"
+                    f" (layer:head), or one of {', '.join(CLASSES)}"
+                )
+    return sorted(tuple(map(int, name.split(":"))) for name in set(chosen))
 
 
 def print_heads(rows):
@@ -288,16 +318,21 @@ def pick_device(name):
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-@one_line_errors
-def main(argv=None):
-    parser = ArgumentParser(__doc__)
-    add = parser.add_argument
-    add("path", type=Path, help="the folder of a run, or one snapshot")
+def add_flags(add):
+    """The flags of everything that is measured on held-out examples."""
     add("--examples", type=int, default=1000, help="of 512 tokens, held out (default: 1000)")
     add("--data", help="corpus to measure on (default: the one trained on, if it is built in)")
     add("--vocabulary", metavar="FILE", help="gpt2 or a .tiktoken file (default: the corpus's)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     add("--kernels", choices=("reference", "torch"), default="torch", help="default: torch")
+
+
+@one_line_errors
+def main(argv=None):
+    parser = ArgumentParser(__doc__)
+    add = parser.add_argument
+    add("path", type=Path, help="the folder of a run, or one snapshot")
+    add_flags(add)
     add("--out", type=Path, help="file for the records (default: a run's own, a snapshot's none)")
     args = parser.parse_args(argv)
     args.device = pick_device(args.device)
@@ -328,9 +363,7 @@ def evaluate_snapshot(args, ranks):
 
 
 def evaluate_run(args, ranks):
-    paths = sorted((args.path / "snapshots").glob("step_*.pt"))
-    if not paths:
-        raise BadInput(f"{args.path}: no snapshots in this folder")
+    paths = snapshots_of(args.path)
     out = args.out or args.path / "measurements.npz"
     if ranks.is_first and out.exists():
         print(f"{out} will be replaced when all {len(paths)} snapshots are measured", flush=True)
@@ -354,8 +387,29 @@ def evaluate_run(args, ranks):
     print(f"-> {out}")
 
 
+def snapshots_of(run):
+    paths = sorted((run / "snapshots").glob("step_*.pt"))
+    if not paths:
+        raise BadInput(f"{run}: no snapshots in this folder")
+    return paths
+
+
 def prepare(args, trained_on, ranks):
-    """Draws the examples; returns the function that measures a snapshot file.
+    """Draws the examples; returns the function that measures a snapshot file."""
+    corpus = open_examples_corpus(args, trained_on, ranks)
+    examples = draw_examples(corpus, args.examples).to(args.device)
+    cores = Cores(args.device)
+
+    def measure_file(path):
+        model, about = load_fitting(path, corpus, args)
+        record = measure(model, examples, cores, ranks)
+        return {"step": about["step"], "tokens": about["tokens"], **record}
+
+    return measure_file
+
+
+def open_examples_corpus(args, trained_on, ranks):
+    """The corpus to measure on.
 
     trained_on: {"data", "name", "sha256"} as a snapshot tells it. Its path is not followed: the
     file may be a stranger's.
@@ -371,20 +425,18 @@ def prepare(args, trained_on, ranks):
             f"note: sha256 {corpus.sha256[:12]} is not the corpus it was trained on,"
             f" {trained_on['sha256'][:12]}: held-out text may have been seen"
         )
-    examples = draw_examples(corpus, args.examples).to(args.device)
-    cores = Cores(args.device)
+    return corpus
 
-    def measure_file(path):
-        model, about = load_snapshot(path, kernels=args.kernels)
-        if model.config.d_vocab != corpus.d_vocab:
-            wanted, given = model.config.d_vocab, corpus.d_vocab
-            raise BadInput(f"{path}: a vocabulary of {wanted}, but {corpus.name} has {given}")
-        if model.config.n_ctx < N_CTX:
-            raise BadInput(f"{path}: its context of {model.config.n_ctx} is shorter than {N_CTX}")
-        record = measure(model.to(args.device), examples, cores, ranks)
-        return {"step": about["step"], "tokens": about["tokens"], **record}
 
-    return measure_file
+def load_fitting(path, corpus, args):
+    """-> (model on its device, about) of a snapshot that can read this corpus."""
+    model, about = load_snapshot(path, kernels=args.kernels)
+    if model.config.d_vocab != corpus.d_vocab:
+        wanted, given = model.config.d_vocab, corpus.d_vocab
+        raise BadInput(f"{path}: a vocabulary of {wanted}, but {corpus.name} has {given}")
+    if model.config.n_ctx < N_CTX:
+        raise BadInput(f"{path}: its context of {model.config.n_ctx} is shorter than {N_CTX}")
+    return model.to(args.device), about
 
 
 if __name__ == "__main__":

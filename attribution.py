@@ -1,0 +1,193 @@
+"""The record of a snapshot: what ablating each head changes, and some heads together.
+
+`ablate.py` makes records with this; the definitions are in metrics.py, the computation in sweep.py.
+"""
+
+import numpy as np
+import torch
+
+import evaluate
+import metrics
+from parallel import Cores
+from progress import describe_machine
+from records import stack
+from safety import BadInput
+from snapshots import load_snapshot
+from sweep import ablation, mean_results, sweep
+
+# of a change of losses: the names of what metrics.py measures
+ATTRIBUTION = {
+    "icl_score": "icl_attribution",
+    "icl_band_score": "band_attribution",
+    "loss": "loss_change",
+}
+QUANTITIES = (*ATTRIBUTION.values(), "before_and_after")
+# what the clean run of a chunk of examples may keep, for each core
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 16 * 2**30}
+
+
+class Ablations:
+    """What is ablated, how and on which examples: the same for every snapshot. By the scores of the
+    model in `path` heads are put into classes.
+    """
+
+    def __init__(self, args, ranks, path):
+        self.args, self.ranks, self.cores = args, ranks, Cores(args.device)
+        self.corpus = evaluate.open_examples_corpus(args, load_snapshot(path)[1]["corpus"], ranks)
+        self.examples = evaluate.draw_examples(self.corpus, args.examples).to(args.device)
+        model, _ = evaluate.load_fitting(path, self.corpus, args)
+        self.table = evaluate.heads_table(evaluate.head_scores(model, self.examples, self.cores))
+        self.sets = name_sets(self.table, args.heads)
+        # positions scored in every example; the paper's two lie within the bands
+        self.scored = [metrics.EARLY, metrics.LATE]
+        if not args.no_bands:
+            bands = metrics.EARLY_BAND, metrics.LATE_BAND
+            self.scored = [n for first, last in bands for n in range(first, last + 1)]
+        # of the phase change, which only a run has: steps, direction and length
+        self.window, self.vector, self.way = (), None, None
+
+    def settings(self):
+        """All that decides a snapshot's record."""
+        args = self.args
+        return {
+            "corpus": self.corpus.sha256,
+            "examples": args.examples,
+            "patterns": "changing" if args.full else "preserved",
+            "replacement": "mean" if args.mean else "zero",
+            "layernorm": "frozen" if args.freeze_layernorm else "recomputed",
+            "scored_positions": self.scored,
+            "together": list(self.sets),
+            "phase_change_steps": list(self.window),
+        }
+
+    def machine(self):
+        args, ranks = self.args, self.ranks
+        return describe_machine(args.device, self.cores, ranks.world, torch.float32, args.kernels)
+
+    def find_vector(self, start, end):
+        """The before-and-after vector between two snapshots."""
+        losses, self.window = [], []
+        for path in start, end:
+            model, about = evaluate.load_fitting(path, self.corpus, self.args)
+            losses.append(self.losses(model, [[]])[0, :, -1])
+            self.window.append(about["step"])
+        self.vector, self.way = metrics.before_and_after_vector(*losses)
+
+    def record(self, model, progress):
+        """One snapshot's record, nats: the clean run's scores, and the quantities of the module
+        docstring, as far as they are defined: for every head [layer, head], summed over the heads
+        of each set and for each set ablated together [set]; `..._error` is a standard error.
+        """
+        n_layers, n_heads = model.config.n_layers, model.config.n_heads
+        heads = list(np.ndindex(n_layers, n_heads))
+        together = list(self.sets.values())
+        losses = self.losses(model, [[], *([head] for head in heads), *together], progress)
+        clean, changes = losses[0], losses[1:] - losses[0]
+        by_head, together_changes = changes[: len(heads)], changes[len(heads) :]
+        record = {"examples": len(clean), **with_errors(self.scores(clean))}
+        effects = stack([self.effect(change) for change in by_head])
+        record |= {name: row.reshape(n_layers, n_heads) for name, row in effects.items()}
+        if together:
+            sums = [sum(by_head[heads.index(head)] for head in some) for some in together]
+            for what, some in ("sum", sums), ("together", together_changes):
+                effects = stack([self.effect(change) for change in some])
+                record |= {f"{what}_{name}": row for name, row in effects.items()}
+        return record
+
+    def scores(self, losses):
+        """losses [example, scored] -> {name: (value, standard error)}."""
+        column = {position: n for n, position in enumerate(self.scored, start=1)}
+
+        def columns(positions):
+            return [column[n] for n in positions]
+
+        scores = {
+            "icl_score": metrics.in_context_learning_score(
+                losses, *columns([metrics.EARLY, metrics.LATE])
+            ),
+            "loss": metrics.mean_and_error(losses[:, -1]),
+        }
+        if not self.args.no_bands:
+            bands = columns(metrics.EARLY_BAND), columns(metrics.LATE_BAND)
+            scores["icl_band_score"] = metrics.band_score(losses, *bands)
+        return scores
+
+    def effect(self, change):
+        """The scores of a change of losses, ablated minus clean, under the names of QUANTITIES."""
+        effect = {ATTRIBUTION[name]: value for name, value in self.scores(change).items()}
+        if self.vector is not None:
+            effect["before_and_after"] = metrics.before_and_after_attribution(
+                change[:, -1], self.vector
+            )
+        return with_errors(effect)
+
+    def losses(self, model, ablations, progress=lambda done, n: None):
+        """Losses at the scored positions and, last, at each example's own: [ablation, example,
+        scored], on the CPU.
+        """
+        examples, config = self.examples, model.config
+        scored = torch.tensor(self.scored, device=examples.inputs.device) - 1
+        positions = torch.cat(
+            [scored.expand(len(examples), -1), examples.token_index[:, None]], dim=1
+        )
+        rows = [self.ranks.share(x) for x in (examples.inputs, examples.targets, positions)]
+        means = self.means(model, rows[0]) if self.args.mean else None
+
+        @torch.no_grad()  # gradients are switched off for each thread
+        def of_chunk(inputs, targets, positions):
+            if not self.args.full:
+                how = means, self.args.freeze_layernorm
+                return sweep(model, inputs, targets, positions, ablations, *how).transpose(0, 1)
+            losses = [
+                model.losses(inputs, targets, ablation(heads, means)).gather(1, positions)
+                for heads in ablations
+            ]
+            return torch.stack(losses, dim=1)
+
+        parts = []
+        for start, chunk in self.chunks(config, *rows):
+            parts += self.cores(of_chunk, *chunk)
+            progress(start + len(chunk[0]), len(rows[0]))
+        return self.ranks.gather(torch.cat(parts).cpu()).transpose(0, 1)
+
+    def means(self, model, inputs):
+        """Mean results over the examples of all processes, [layer, head, d_head]."""
+
+        def total(inputs):
+            return mean_results(model, inputs) * len(inputs)
+
+        totals = [sum(self.cores(total, *chunk)) for _, chunk in self.chunks(model.config, inputs)]
+        total = sum(totals)
+        self.ranks.sum(total)
+        return total / len(self.examples)
+
+    def chunks(self, config, *rows):
+        """(number of the first row, rows) of pieces that all cores can hold a clean run of."""
+        width = max(config.d_model, config.n_heads * config.d_head)
+        # q, k, z and the residual stream
+        n_bytes = 4 * 4 * config.n_layers * rows[0].shape[1] * width
+        at_once = max(1, CHUNK_BYTES[rows[0].device.type] // n_bytes) * self.cores.count
+        for start in range(0, len(rows[0]), at_once):
+            yield start, [tensor[start : start + at_once] for tensor in rows]
+
+
+def with_errors(values):
+    """{name: (value, error)} -> {name: value, name_error: error}, float32."""
+    errors = {f"{name}_error": np.float32(error) for name, (_, error) in values.items()}
+    return {name: np.float32(value) for name, (value, _) in values.items()} | errors
+
+
+def name_sets(table, wanted):
+    """What is ablated together: {name: [(layer, head)]} of the heads that --heads names and of all
+    others; nothing if no head matches prefixes and none is named.
+    """
+    kind = wanted or "prefix-matching"
+    heads = evaluate.pick_heads(table, kind)
+    if wanted and not heads:
+        classes = ", ".join(f"{row['head']} {row['class']}" for row in table)
+        raise BadInput(f"--heads {wanted}: none of this model's heads is one ({classes})")
+    names = ", ".join(map(evaluate.label, heads))
+    sets = {f"{kind} heads {names}" if kind in evaluate.CLASSES else f"heads {names}": heads}
+    every = ",".join(row["head"] for row in table)
+    sets["all other heads"] = sorted(set(evaluate.pick_heads(table, every)) - set(heads))
+    return {name: some for name, some in sets.items() if some} if heads else {}
