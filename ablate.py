@@ -133,7 +133,7 @@ def ablate_snapshot(args, ranks):
     report(setup, [record], args.path)
     if args.out:
         write_records(args.out, [record])
-        write_about(setup, args.out, [record])
+        write_about(setup, args.out, answer=answer(setup, [record]))
         print(f"-> {args.out}, {args.out.with_suffix('.json')}")
 
 
@@ -162,7 +162,7 @@ def ablate_run(args, ranks):
             write_records(out, records)
     if ranks.is_first:
         report(setup, records, args.path)
-        write_about(setup, out, records)
+        write_about(setup, out, answer=answer(setup, records))
         print(f"-> {out}, {out.with_suffix('.json')}")
 
 
@@ -224,15 +224,13 @@ def take_up(setup, out):
         records = read_records(out)
     setup.ranks.wait()  # until all have looked: what the first writes is not what they look for
     if setup.ranks.is_first:
-        write_about(setup, out, records)
+        write_about(setup, out)
     return records
 
 
-def write_about(setup, out, records):
+def write_about(setup, out, **more):
     content = {"settings": setup.settings(), "machine": setup.machine(), "heads": setup.table}
-    if records:
-        content["answer"] = answer(setup, records)
-    write_json(out.with_suffix(".json"), content)
+    write_json(out.with_suffix(".json"), content | more)
 
 
 # what is printed
@@ -309,8 +307,9 @@ def answer(setup, records):
     if "band_attribution" in last:
         shares.append(f"{share(since, 'band_attribution', heads)} between bands")
     when = f"at {len(since)} snapshots from the phase change on, " if len(since) > 1 else ""
+    carry, them = ("carry", "them together") if len(heads) > 1 else ("carries", "it")
     sentence = (
-        f"{when}{name} carry {', '.join(shares)}; without them together the in-context learning"
+        f"{when}{name} {carry} {', '.join(shares)}; without {them} the in-context learning"
         f" score {'at the end ' if when else ''}is"
         f" {last['icl_score'] + last['together_icl_attribution'][0]:+.3f} instead of"
         f" {last['icl_score']:+.3f} (change {pair(last, 'together_icl_attribution', 0)},"
@@ -321,9 +320,9 @@ def answer(setup, records):
     after = next(record for record in records if record["step"] == setup.window[1])
     dot = after["together_before_and_after"][0]
     return (
-        f"{sentence}; at the end of the phase change ablating them moves the per-token losses"
-        f" {pair(after, 'together_before_and_after', 0)} along it:"
-        f" {'back' if dot < 0 else 'on'} by {abs(dot) / setup.way:.0%} of it"
+        f"{sentence}; at the end of the phase change that moves the per-token losses"
+        f" {pair(after, 'together_before_and_after', 0)} along its vector:"
+        f" {'back' if dot < 0 else 'on'} by {abs(dot) / setup.way:.0%} of its length"
     )
 
 

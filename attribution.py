@@ -132,6 +132,12 @@ class Ablations:
         )
         rows = [self.ranks.share(x) for x in (examples.inputs, examples.targets, positions)]
         means = self.means(model, rows[0]) if self.args.mean else None
+        at_once = evaluate.ROWS_AT_ONCE[positions.device.type]
+        if not self.args.full:
+            width = max(config.d_model, config.n_heads * config.d_head)
+            # what a clean run keeps: q, k, z and the residual stream
+            n_bytes = 4 * 4 * config.n_layers * evaluate.N_CTX * width
+            at_once = max(1, CHUNK_BYTES[positions.device.type] // n_bytes)
 
         @torch.no_grad()  # gradients are switched off for each thread
         def of_chunk(inputs, targets, positions):
@@ -145,30 +151,23 @@ class Ablations:
             return torch.stack(losses, dim=1)
 
         parts = []
-        for start, chunk in self.chunks(config, *rows):
+        for chunk in zip(*(x.split(at_once * self.cores.count) for x in rows), strict=True):
             parts += self.cores(of_chunk, *chunk)
-            progress(start + len(chunk[0]), len(rows[0]))
+            progress(sum(map(len, parts)), len(rows[0]))
         return self.ranks.gather(torch.cat(parts).cpu()).transpose(0, 1)
 
     def means(self, model, inputs):
-        """Mean results over the examples of all processes, [layer, head, d_head]."""
+        """Mean results over the examples of all processes, of which inputs is this one's share:
+        [layer, head, d_head].
+        """
+        at_once = evaluate.ROWS_AT_ONCE[inputs.device.type]
 
         def total(inputs):
-            return mean_results(model, inputs) * len(inputs)
+            return sum(mean_results(model, rows) * len(rows) for rows in inputs.split(at_once))
 
-        totals = [sum(self.cores(total, *chunk)) for _, chunk in self.chunks(model.config, inputs)]
-        total = sum(totals)
+        total = sum(self.cores(total, inputs))
         self.ranks.sum(total)
         return total / len(self.examples)
-
-    def chunks(self, config, *rows):
-        """(number of the first row, rows) of pieces that all cores can hold a clean run of."""
-        width = max(config.d_model, config.n_heads * config.d_head)
-        # q, k, z and the residual stream
-        n_bytes = 4 * 4 * config.n_layers * rows[0].shape[1] * width
-        at_once = max(1, CHUNK_BYTES[rows[0].device.type] // n_bytes) * self.cores.count
-        for start in range(0, len(rows[0]), at_once):
-            yield start, [tensor[start : start + at_once] for tensor in rows]
 
 
 def with_errors(values):
@@ -186,8 +185,8 @@ def name_sets(table, wanted):
     if wanted and not heads:
         classes = ", ".join(f"{row['head']} {row['class']}" for row in table)
         raise BadInput(f"--heads {wanted}: none of this model's heads is one ({classes})")
-    names = ", ".join(map(evaluate.label, heads))
-    sets = {f"{kind} heads {names}" if kind in evaluate.CLASSES else f"heads {names}": heads}
+    noun = f"head{'s' * (len(heads) > 1)} {', '.join(map(evaluate.label, heads))}"
+    sets = {f"{kind} {noun}" if kind in evaluate.CLASSES else noun: heads}
     every = ",".join(row["head"] for row in table)
     sets["all other heads"] = sorted(set(evaluate.pick_heads(table, every)) - set(heads))
     return {name: some for name, some in sets.items() if some} if heads else {}

@@ -34,7 +34,7 @@ CLASS = {
     "induction": "prefix-matching",
     "induction2": "prefix-matching",
 }
-LITERAL = 50.0  # as a score: nothing else keeps any weight in float32
+LITERAL = 200.0  # as a score: whatever has less keeps no weight at all in float32
 MATCH = (-4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0)
 LONGER = (0.0, 1.0, 2.0, 3.0, 4.0)
 FIT_EXAMPLES = 100
