@@ -20,6 +20,7 @@ import torch
 import metrics
 from corpora import BUILT_IN, open_corpus
 from data import EVALUATION_SEED, evaluation_rows, random_sequences
+from kernels.attention import previous_token_attention
 from parallel import Cores, Ranks
 from records import read_json, write_json, write_records
 from safety import ArgumentParser, BadInput, one_line_errors
@@ -36,8 +37,9 @@ class Examples:
 
     inputs: torch.Tensor  # [example, 512]
     targets: torch.Tensor  # [example, 512]
-    token_index: torch.Tensor  # [example]: each one's single place in the per-token loss vector
-    text: torch.Tensor  # [4, 512]: inputs as above, for the previous-token score
+    n_whole: int  # so many of the examples at every position, the others at those below
+    scored: torch.Tensor  # [example, n]: places of the bands and of the per-token loss, the last
+    text: torch.Tensor  # [10, 512]: inputs as above, for the previous-token score
     repeated: torch.Tensor  # [10, 101]: start token, then 25 random tokens four times
     random: torch.Tensor  # [10, 25]: 25 random tokens, no start token (the paper's footnote 31)
 
@@ -45,20 +47,28 @@ class Examples:
         return len(self.inputs)
 
     def to(self, device):
-        return Examples(*(getattr(self, f.name).to(device) for f in dataclasses.fields(self)))
+        tensors = {n: x.to(device) for n, x in vars(self).items() if torch.is_tensor(x)}
+        return dataclasses.replace(self, **tensors)
 
 
-def draw_examples(corpus, n_examples):
-    """The first n_examples of the fixed held-out examples, with the sequences that test heads."""
+def draw_examples(corpus, n_examples, whole=1.0):
+    """The first n_examples of the fixed held-out examples, with the sequences that test heads.
+
+    whole: the share of them whose losses are measured at every position. The rest only serves the
+    in-context learning score and the per-token losses, at half the price.
+    """
     if n_examples < 2:
         raise BadInput(f"{n_examples} examples: at least 2 are needed for a standard error")
     inputs, targets = evaluation_rows(corpus, N_CTX, n_examples)
-    text, _ = evaluation_rows(corpus, N_CTX, min(4, corpus.rows("val", N_CTX)))
+    text, _ = evaluation_rows(corpus, N_CTX, min(10, corpus.rows("val", N_CTX)))
     token_index = np.random.default_rng(EVALUATION_SEED).integers(N_CTX, size=n_examples)
+    bands = [torch.arange(a - 1, b) for a, b in (metrics.EARLY_BAND, metrics.LATE_BAND)]
+    scored = torch.cat(bands).expand(n_examples, -1)
     return Examples(
         inputs,
         targets,
-        torch.from_numpy(token_index),
+        max(1, round(whole * n_examples)),
+        torch.cat([scored, torch.from_numpy(token_index)[:, None]], dim=1),
         text,
         repeated=random_sequences(corpus, repeats=4),
         random=random_sequences(corpus, start=False),
@@ -71,19 +81,20 @@ def measure(model, examples, cores, ranks):
     metrics.py.
     """
     losses = example_losses(model, examples, cores, ranks)
+    loss_by_position = losses[: examples.n_whole].mean(dim=0)
     score, score_error = metrics.in_context_learning_score(losses)
     band, band_error = metrics.band_score(losses)
     record = {
-        "loss": losses.mean().item(),
+        "loss": loss_by_position.mean().item(),
         "icl_score": score,
         "icl_score_error": score_error,
         "icl_band_score": band,
         "icl_band_score_error": band_error,
-        "loss_by_position": losses.mean(dim=0),
-        "per_token_loss": losses.gather(1, examples.token_index.cpu()[:, None]).squeeze(1),
+        "loss_by_position": loss_by_position,
+        "per_token_loss": losses.gather(1, examples.scored[:, -1:].cpu()).squeeze(1),
     }
     record["derivative_position"], record["loss_derivative"] = metrics.log_position_derivative(
-        losses.mean(dim=0)
+        loss_by_position
     )
     record |= head_scores(model, examples, cores)
     return {
@@ -93,16 +104,27 @@ def measure(model, examples, cores, ranks):
 
 
 def example_losses(model, examples, cores, ranks):
-    """Loss of every token of every example, [example, 512], float32 on the CPU."""
+    """Losses [example, 512], float32 on the CPU; NaN where an example is not measured."""
     at_once = ROWS_AT_ONCE[examples.inputs.device.type]
 
     @torch.no_grad()  # gradients are switched off for each thread
-    def of_rows(inputs, targets):
-        parts = zip(inputs.split(at_once), targets.split(at_once), strict=True)
-        return torch.cat([model.losses(*rows) for rows in parts])
+    def of_rows(inputs, targets, at=None):
+        rows = (inputs, targets) if at is None else (inputs, targets, at)
+        parts = zip(*(part.split(at_once) for part in rows), strict=True)
+        return torch.cat([model.losses(x, y, at=n[0] if n else None) for x, y, *n in parts])
 
-    parts = cores(of_rows, ranks.share(examples.inputs), ranks.share(examples.targets))
-    return ranks.gather(torch.cat(parts).float().cpu())
+    def of_examples(*rows):
+        parts = cores(of_rows, *(ranks.share(part) for part in rows))
+        return ranks.gather(torch.cat(parts).float().cpu())
+
+    inputs, targets, n_whole = examples.inputs, examples.targets, examples.n_whole
+    losses = torch.full(inputs.shape, torch.nan)
+    losses[:n_whole] = of_examples(inputs[:n_whole], targets[:n_whole])
+    if n_whole < len(examples):
+        at = examples.scored[n_whole:]
+        scored = of_examples(inputs[n_whole:], targets[n_whole:], at)
+        losses[n_whole:].scatter_(1, at.cpu(), scored)
+    return losses
 
 
 @torch.no_grad()
@@ -126,13 +148,17 @@ def head_scores(model, examples, cores):
 
     @torch.no_grad()
     def previous_token(text):
-        layers = []
+        queries, layers = {}, []
 
         def on_text(name, layer, value):
-            if name == "pattern":
-                layers.append(metrics.previous_token_score(value))
+            if name == "q":
+                queries[layer] = value
+            if name == "k":
+                attn = model.blocks[layer].attn
+                q = queries.pop(layer)
+                layers.append(previous_token_attention(q, value, attn.alpha, attn.windows))
 
-        model.residual(text, on_text)
+        model.residual(text, on_text, pattern=False)
         return torch.stack(layers) * len(text)
 
     values = {}

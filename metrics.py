@@ -11,7 +11,7 @@ import math
 import torch
 
 EARLY, LATE = 50, 500
-EARLY_BAND, LATE_BAND = (40, 60), (480, 511)
+EARLY_BAND, LATE_BAND = (30, 70), (400, 511)
 
 
 def in_context_learning_score(losses, early=EARLY, late=LATE):
@@ -27,7 +27,7 @@ def band_score(losses, early=EARLY_BAND, late=LATE_BAND):
     """The in-context learning score with each of its two positions widened to a band, both ends
     included.
 
-    The same quantity with a third of the noise, for finding the phase change in few examples;
+    The same quantity with a fifth of the noise, for finding the phase change in few examples;
     (score, error).
     """
     late_loss = losses[:, late[0] - 1 : late[1]].mean(dim=1)

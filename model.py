@@ -165,13 +165,17 @@ class Attention(nn.Module):
         self.alpha = nn.Parameter(torch.full((config.n_heads,), -1.0)) if config.smear else None
         self.windows = config.windows
 
-    def forward(self, x, positions, kernels, touch):
-        q, k = per_head(x + positions, torch.cat([self.W_Q, self.W_K])).chunk(2, dim=1)
+    def forward(self, x, positions, kernels, touch, at=None):
+        placed = x + positions
+        if at is None:
+            q, k = per_head(placed, torch.cat([self.W_Q, self.W_K])).chunk(2, dim=1)
+        else:
+            q, k = per_head(_rows(placed, at), self.W_Q), per_head(placed, self.W_K)
         q, k, v = touch("q", q), touch("k", k), touch("v", per_head(x, self.W_V))
-        if touch is _untouched:
-            z = attention(q, k, v, self.alpha, self.windows, kernels)
-        else:  # somebody is looking: the pattern has to exist
-            z = touch("pattern", attention_pattern(q, k, self.alpha, self.windows)) @ v
+        if touch.pattern:  # somebody is looking: it has to exist
+            z = touch("pattern", attention_pattern(q, k, self.alpha, self.windows, at)) @ v
+        else:
+            z = attention(q, k, v, self.alpha, self.windows, kernels, at)
         return sum_over_heads(touch("z", z), self.W_O)
 
 
@@ -199,10 +203,10 @@ class Block(nn.Module):
         else:
             self.mlp = None
 
-    def forward(self, resid, positions, dtype, kernels, touch):
+    def forward(self, resid, positions, dtype, kernels, touch, at=None):
         resid = touch("resid_pre", resid)
-        x = _normalise(self.ln1, resid, "ln1_scale", touch)
-        resid = resid + self.attn(x.to(dtype), positions, kernels, touch)
+        x = _normalise(self.ln1, resid, "ln1_scale", touch).to(dtype)
+        resid = _rows(resid, at) + self.attn(x, positions, kernels, touch, at)
         resid = touch("resid_mid", resid)
         if self.mlp:
             x = _normalise(self.ln2, resid, "ln2_scale", touch)
@@ -217,7 +221,10 @@ class Transformer(nn.Module):
     Both take `hook(name, layer, value)`, called on resid_pre, ln1_scale, q, k, v, pattern, z,
     resid_mid, ln2_scale, mlp_out and resid_post of every layer and on ln_final_scale and
     resid_final: what it returns replaces the value, None keeps it. (The scale of a LayerNorm is
-    what it divides by.) Without a hook no pattern exists in memory.
+    what it divides by.) Without a hook, or with `pattern=False`, no pattern exists in memory.
+
+    Both take `at` [batch, n]: the positions at which the answer is wanted, [batch, n, ...]. The
+    last layer then has queries only there, and the unembedding rows.
 
     kernels: "reference" or "torch". dtype: of the matrix products; weights and the residual stream
     stay in float32.
@@ -250,26 +257,30 @@ class Transformer(nn.Module):
             block.attn.W_O.data *= self.config.init_later
         return self
 
-    def residual(self, tokens, hook=None):
+    def residual(self, tokens, hook=None, pattern=True, at=None):
         """tokens [batch, pos] -> the residual stream after the final LayerNorm, in `dtype`."""
         n_ctx = tokens.shape[1]
         if n_ctx > self.config.n_ctx:
             raise BadInput(f"{n_ctx} tokens do not fit the model's context of {self.config.n_ctx}")
         positions = self.positions[:n_ctx].to(self.dtype)
         resid = F.embedding(tokens, self.embed["W_E"])
+        last = len(self.blocks) - 1
         for layer, block in enumerate(self.blocks):
-            resid = block(resid, positions, self.dtype, self.kernels, _touching(hook, layer))
-        touch = _touching(hook, len(self.blocks))
+            touch = _Touch(hook, layer, pattern)
+            rows = at if layer == last else None
+            resid = block(resid, positions, self.dtype, self.kernels, touch, rows)
+        touch = _Touch(hook, len(self.blocks), pattern)
         resid = _normalise(self.ln_final, resid, "ln_final_scale", touch)
         return touch("resid_final", resid.to(self.dtype))
 
-    def forward(self, tokens, hook=None):
+    def forward(self, tokens, hook=None, pattern=True, at=None):
         """tokens [batch, pos] -> logits [batch, pos, d_vocab]."""
-        return self.residual(tokens, hook) @ self.unembed["W_U"].to(self.dtype)
+        return self.residual(tokens, hook, pattern, at) @ self.unembed["W_U"].to(self.dtype)
 
-    def losses(self, tokens, targets, hook=None):
+    def losses(self, tokens, targets, hook=None, pattern=True, at=None):
         """Cross-entropy in nats, float32: tokens, targets [batch, pos] -> [batch, pos]."""
-        resid = self.residual(tokens, hook).flatten(0, 1)
+        targets = targets if at is None else targets.gather(1, at)
+        resid = self.residual(tokens, hook, pattern, at).flatten(0, 1)
         W_U = self.unembed["W_U"].to(self.dtype)
         losses = linear_cross_entropy(resid, W_U, targets.flatten(), self.kernels)
         return losses.view(targets.shape)
@@ -307,20 +318,24 @@ def sum_over_heads(z, W_O):
 
 
 def _normalise(ln, resid, name, touch):
-    return ln(resid) if touch is _untouched else ln(resid, touch(name, ln.scale(resid)))
+    return ln(resid) if touch.hook is None else ln(resid, touch(name, ln.scale(resid)))
 
 
-def _untouched(name, value):
-    return value
+def _rows(x, at):
+    """x [batch, pos, d_model] at the positions `at` [batch, n]; all of it if None."""
+    return x if at is None else x.take_along_dim(at[:, :, None], dim=1)
 
 
-def _touching(hook, layer):
-    """The user's `hook(name, layer, value)`, which may return nothing, as `touch(name, value)`."""
-    if hook is None:
-        return _untouched
+class _Touch:
+    """The user's `hook(name, layer, value)`, which may return nothing, as `touch(name, value)`.
 
-    def touch(name, value):
-        replacement = hook(name, layer, value)
+    pattern: does it look at the attention pattern?
+    """
+
+    def __init__(self, hook, layer, pattern):
+        self.hook, self.layer = hook, layer
+        self.pattern = pattern and hook is not None
+
+    def __call__(self, name, value):
+        replacement = self.hook and self.hook(name, self.layer, value)
         return value if replacement is None else replacement
-
-    return touch

@@ -81,6 +81,7 @@ def header(args, model, corpus, recipe, n_steps, n_snapshots, machine):
     """What is about to be trained, on what, with what."""
     config = model.config
     layers = f"{config.n_layers} layer{'s' * (config.n_layers > 1)}"
+    whole = "" if recipe.whole == 1 else f" ({recipe.whole:.0%} of them at every position)"
     kind = f"MLPs of {config.d_mlp}" if config.d_mlp else "attention-only"
     return (
         f"model    {layers}, {kind}{', smeared keys' * config.smear}, d_model {config.d_model},"
@@ -92,7 +93,7 @@ def header(args, model, corpus, recipe, n_steps, n_snapshots, machine):
         f" {corpus.d_vocab:,}, sha256 {corpus.sha256[:12]}\n"
         f"training {n_steps:,} steps of {recipe.n_rows} x {config.n_ctx} tokens, seed {args.seed};"
         f" {n_snapshots} snapshots, measured on {recipe.n_examples:,} examples of"
-        f" {evaluate.N_CTX} tokens"
+        f" {evaluate.N_CTX} tokens{whole}"
     )
 
 

@@ -45,13 +45,15 @@ class Recipe:
     n_snapshots: int
     n_examples: int  # that every snapshot is measured on
     n_final_examples: int  # the last one, and those where the phase change starts and ends
+    whole: float = 1.0  # the share of examples that is measured at every position
     weight_decay_later: tuple[int, float] | None = None  # (step, weight decay from there on)
 
 
 RECIPES = {
     "mini": Recipe(
         n_rows=8, n_tokens=8_000_000, learning_rate=2e-3, warmup_tokens=100_000,
-        weight_decay=0.01, betas=(0.9, 0.98), n_snapshots=90, n_examples=48, n_final_examples=800,
+        weight_decay=0.01, betas=(0.9, 0.98), n_snapshots=90, n_examples=88, n_final_examples=800,
+        whole=0.25,
     ),
     "small": Recipe(
         n_rows=128, n_tokens=500_000_000, learning_rate=1e-3, warmup_tokens=20_000_000,
@@ -231,7 +233,7 @@ def train(args, ranks):
     tokens_per_step = recipe.n_rows * config.n_ctx
     n_steps = recipe.n_tokens // tokens_per_step
     schedule = set(snapshot_steps(n_steps, recipe.n_snapshots))
-    examples = evaluate.draw_examples(corpus, recipe.n_examples).to(args.device)
+    examples = evaluate.draw_examples(corpus, recipe.n_examples, recipe.whole).to(args.device)
     model = Transformer(config, args.kernels, dtype).init_weights(args.seed).to(args.device)
     parameters = list(model.parameters())
     optimizer = make_optimizer(parameters, recipe)
@@ -288,7 +290,8 @@ def train(args, ranks):
         return 130
     with clock("evaluation"):
         ranks.wait()  # until the first process has written the last snapshot
-        examples = evaluate.draw_examples(corpus, recipe.n_final_examples).to(args.device)
+        examples = evaluate.draw_examples(corpus, recipe.n_final_examples, recipe.whole)
+        examples = examples.to(args.device)
 
         def measure_again(index):
             path = run.snapshot_path(int(run.records[index]["step"]))

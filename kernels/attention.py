@@ -29,16 +29,16 @@ TILE = 128
 KEEP_PATTERN_BYTES = 512 * 2**20
 
 
-def attention(q, k, v, alpha=None, windows=None, kernels="torch"):
+def attention(q, k, v, alpha=None, windows=None, kernels="torch", at=None):
     """Attention output z [batch, head, pos, d_head], differentiable in q, k, v and alpha (module
     docstring: definition).
 
     alpha [head] smears the keys (None: not). windows: for each head the number of positions that a
     query sees, itself included (None: all). kernels: "reference" or "torch"; both mean the same up
-    to rounding.
+    to rounding. at [batch, query]: where the queries stand, if there is not one at every key.
     """
-    if kernels == "reference":
-        return attention_reference(q, k, v, alpha, windows)
+    if kernels == "reference" or at is not None:  # the pattern of a few queries is small
+        return attention_reference(q, k, v, alpha, windows, at)
     if alpha is not None:
         k = smear_keys(k, alpha)
     batch, n_heads, n_ctx, _ = q.shape
@@ -49,24 +49,40 @@ def attention(q, k, v, alpha=None, windows=None, kernels="torch"):
     if windows is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=visible(n_ctx, n_ctx, windows, q.device)
+        q, k, v, attn_mask=visible(torch.arange(n_ctx, device=q.device)[None], n_ctx, windows)
     )
 
 
-def attention_reference(q, k, v, alpha=None, windows=None):
+def attention_reference(q, k, v, alpha=None, windows=None, at=None):
     """The definition, line by line; see `attention`."""
-    return attention_pattern(q, k, alpha, windows) @ v
+    return attention_pattern(q, k, alpha, windows, at) @ v
 
 
-def attention_pattern(q, k, alpha=None, windows=None):
+def attention_pattern(q, k, alpha=None, windows=None, at=None):
     """The attention pattern [batch, head, query, key]: rows sum to 1, keys after the query get
-    exactly 0.
+    exactly 0. `at` as in `attention`.
     """
     if alpha is not None:
         k = smear_keys(k, alpha)
-    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-    mask = visible(q.shape[-2], k.shape[-2], windows, q.device)
-    return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+    if at is None:
+        at = torch.arange(k.shape[-2], device=q.device)[None]
+    return scores.masked_fill_(~visible(at, k.shape[-2], windows), float("-inf")).softmax(dim=-1)
+
+
+def previous_token_attention(q, k, alpha=None, windows=None):
+    """What each head spends on the token before the query, a mean over batch and queries: [head].
+
+    The diagonal below the main one of `attention_pattern`, which exists here for one tile of rows
+    at a time.
+    """
+    if alpha is not None:
+        k = smear_keys(k, alpha)
+    batch, n_heads, n_ctx, _ = q.shape
+    total = 0
+    for start, _, pattern in _patterns(q.flatten(0, 1), k.flatten(0, 1), windows):
+        total += pattern.diagonal(start - 1, dim1=1, dim2=2).sum(dim=1)
+    return total.view(batch, n_heads).mean(dim=0) / (n_ctx - 1)
 
 
 def frozen_attention(q, k, lse, values, alpha=None, windows=None):
@@ -107,22 +123,14 @@ def smear_keys(k, alpha):
     return torch.cat([k[:, :, :1], torch.lerp(k[:, :, :-1], k[:, :, 1:], share)], dim=2)
 
 
-def visible(n_queries, n_keys, windows=None, device=None):
-    """Which keys a query may see: bool [query, key], or [head, query, key] with a window for each
-    head.
-
-    The last query stands at the last key, so that a tile of rows is `visible(rows, keys up to its
-    last row)`.
+def visible(at, n_keys, windows=None):
+    """Which keys the queries that stand `at` [batch, query] may see: bool [batch, 1, query, key],
+    or [batch, head, query, key] with a window for each head.
     """
-    distance = (
-        torch.arange(n_queries, device=device)[:, None]
-        - torch.arange(n_keys, device=device)
-        + n_keys
-        - n_queries
-    )
+    query, key = at[:, None, :, None], torch.arange(n_keys, device=at.device)
     if windows is None:
-        return distance >= 0
-    return (distance >= 0) & (distance < torch.tensor(windows, device=device)[:, None, None])
+        return key <= query
+    return (key <= query) & (key > query - torch.tensor(windows, device=at.device)[:, None, None])
 
 
 class _TiledAttention(torch.autograd.Function):
@@ -130,15 +138,11 @@ class _TiledAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, windows, wanted):
-        shape, scale = q.shape, q.shape[3] ** -0.5
-        q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))  # [batch * head, pos, d_head]
+        shape = q.shape
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # [batch * head, pos, d_head]
         z = torch.empty_like(v)
         patterns = []
-        for start, stop in _tiles(q.shape[1]):
-            scores = q.new_empty(len(q), stop - start, stop)
-            _multiply(q[:, start:stop], k[:, :stop].transpose(1, 2), out=scores, scale=scale)
-            _mask(scores, start, stop, windows)
-            pattern = torch.softmax(scores, dim=-1, out=scores)
+        for start, stop, pattern in _patterns(q, k, windows):
             _multiply(pattern, v[:, :stop], out=z[:, start:stop])
             if wanted:
                 patterns.append(pattern)
@@ -162,6 +166,17 @@ class _TiledAttention(torch.autograd.Function):
         return dq.view(shape), dk.view(shape), dv.view(shape), None, None
 
 
+def _patterns(q, k, windows):
+    """Tile by tile of rows start..stop: start, stop and their pattern [batch * head, row, key up to
+    stop].
+    """
+    for start, stop in _tiles(q.shape[1]):
+        scores = q.new_empty(len(q), stop - start, stop)
+        _multiply(q[:, start:stop], k[:, :stop].transpose(1, 2), scores, q.shape[2] ** -0.5)
+        _mask(scores, start, stop, windows)
+        yield start, stop, torch.softmax(scores, dim=-1, out=scores)
+
+
 def _tiles(n_ctx):
     return [(start, min(start + TILE, n_ctx)) for start in range(0, n_ctx, TILE)]
 
@@ -176,8 +191,8 @@ def _mask(scores, start, stop, windows):
     if windows is None:  # only the diagonal tile has hidden keys
         scores[:, :, start:] += _later_keys(stop - start)
     else:
-        hidden = ~visible(stop - start, stop, windows)
-        scores.view(-1, *hidden.shape).masked_fill_(hidden, float("-inf"))
+        hidden = ~visible(torch.arange(start, stop)[None], stop, windows)
+        scores.view(-1, *hidden.shape[1:]).masked_fill_(hidden, float("-inf"))
 
 
 @functools.cache

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from kernels import attention as module
-from kernels.attention import attention, attention_pattern, attention_reference, smear_keys, visible
+from kernels.attention import (
+    attention,
+    attention_pattern,
+    attention_reference,
+    previous_token_attention,
+    smear_keys,
+    visible,
+)
+from metrics import previous_token_score
 
 
 def inputs(n_ctx, d_head=16, n_heads=3, batch=2, seed=0, dtype=torch.float32):
@@ -104,10 +112,35 @@ def test_patterns_are_causal_and_sum_to_one():
 
 
 def test_windows_count_the_query_itself():
-    mask = visible(6, 6, windows=(1, 2, 6))
+    mask = visible(torch.arange(6)[None], 6, windows=(1, 2, 6))[0]
     assert torch.equal(mask[0], torch.eye(6).bool())
     assert torch.equal(mask[1], torch.eye(6).bool() | torch.ones(5).diag(-1).bool())
     assert torch.equal(mask[2], torch.ones(6, 6).tril().bool())
+
+
+@pytest.mark.parametrize("windows", [None, (1, 5, 1000)], ids=["full", "local"])
+@pytest.mark.parametrize("alpha", [None, torch.tensor([-2.0, 0.3, 2.0])], ids=["plain", "smeared"])
+def test_queries_may_stand_anywhere(windows, alpha):
+    q, k, v = (x.detach() for x in inputs(140))
+    at = torch.tensor([[139, 0, 77, 77], [3, 2, 1, 130]])
+    some = torch.stack([q[row, :, at[row]] for row in range(2)])
+    z = attention(some, k, v, alpha, windows, at=at)
+    everywhere = attention(q, k, v, alpha, windows)
+    for row in range(2):
+        assert torch.allclose(z[row], everywhere[row, :, at[row]], atol=1e-5)
+
+
+@pytest.mark.parametrize("windows", [None, (1, 2, 1000)], ids=["full", "local"])
+@pytest.mark.parametrize("alpha", [None, torch.tensor([-2.0, 0.3, 2.0])], ids=["plain", "smeared"])
+@pytest.mark.parametrize("n_ctx", [2, 128, 300])
+def test_attention_to_the_previous_token_is_what_the_pattern_says(n_ctx, windows, alpha):
+    q, k, _ = (x.detach() for x in inputs(n_ctx))
+    pattern = attention_pattern(q, k, alpha, windows)
+    by_hand = sum(pattern[:, :, i, i - 1].mean(dim=0) for i in range(1, n_ctx)) / (n_ctx - 1)
+    actual = previous_token_attention(q, k, alpha, windows)
+    assert torch.allclose(actual, by_hand, atol=1e-6)
+    assert torch.allclose(actual, previous_token_score(pattern), atol=1e-6)
+    assert (actual[0] == 0) == (windows is not None)  # a window of 1 holds the query alone
 
 
 def test_smearing_by_hand():
@@ -124,15 +157,12 @@ def test_fully_own_keys_are_vanilla_and_fully_smeared_keys_are_shifted():
     assert torch.equal(smear_keys(k, shifted)[:, :, 0], k[:, :, 0])
 
 
-def shifted_mask(n_queries, n_keys, windows=None, device=None):
-    mask = visible(n_queries, n_keys, windows, device)
-    return mask & ~torch.eye(n_queries, n_keys, device=device).bool().roll(
-        n_keys - n_queries, 1
-    ) | (torch.arange(n_keys) == 0)
+def shifted_mask(at, n_keys, windows=None):
+    return visible(at - 1, n_keys, windows) | (torch.arange(n_keys) == 0)
 
 
-def wrong_window(n_queries, n_keys, windows=None, device=None):
-    return visible(n_queries, n_keys, windows and tuple(w + 1 for w in windows), device)
+def wrong_window(at, n_keys, windows=None):
+    return visible(at, n_keys, windows and tuple(w + 1 for w in windows))
 
 
 def smear_the_first_key_too(k, alpha):

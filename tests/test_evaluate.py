@@ -51,7 +51,7 @@ def test_losses_are_those_of_the_logits_row_by_row(model, examples, record):
     losses = torch.stack(rows)
     assert record["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
     assert record["loss_by_position"] == pytest.approx(losses.mean(0).numpy(), rel=1e-4)
-    by_hand = [losses[n, examples.token_index[n]].item() for n in range(20)]
+    by_hand = [losses[n, examples.scored[n, -1]].item() for n in range(20)]
     assert record["per_token_loss"] == pytest.approx(by_hand, rel=1e-4)
     assert record["icl_score"] == pytest.approx(
         (losses[:, 499] - losses[:, 49]).mean().item(), abs=1e-4
@@ -62,6 +62,17 @@ def test_more_examples_begin_with_the_fewer(corpus, model, record):
     more = evaluate.measure(model, evaluate.draw_examples(corpus, 30), Cores(CPU, 1), Ranks(CPU))
     assert more["per_token_loss"][:20] == pytest.approx(record["per_token_loss"], abs=1e-4)
     assert np.array_equal(more["prefix_matching"], record["prefix_matching"])
+
+
+def test_a_share_of_the_examples_is_measured_at_every_position(corpus, model, record):
+    examples = evaluate.draw_examples(corpus, 20, whole=0.25)
+    partly = evaluate.measure(model, examples, Cores(CPU, 2), Ranks(CPU))
+    for name in ("icl_score", "icl_score_error", "icl_band_score", "icl_band_score_error"):
+        assert partly[name] == pytest.approx(record[name], abs=1e-4)
+    assert partly["per_token_loss"] == pytest.approx(record["per_token_loss"], abs=1e-4)
+    whole = evaluate.measure(model, evaluate.draw_examples(corpus, 5), Cores(CPU, 1), Ranks(CPU))
+    assert partly["loss"] == pytest.approx(whole["loss"], abs=1e-4)
+    assert partly["loss_by_position"] == pytest.approx(whole["loss_by_position"], abs=1e-4)
 
 
 def test_head_scores_have_a_place_for_every_head(record):

@@ -50,8 +50,8 @@ def test_a_loss_that_falls_with_context_scores_negative():
 
 def test_band_score_averages_both_bands_with_their_ends():
     losses = torch.full((2, 512), 100.0)
-    losses[:, 479:511] = 1.0  # 480 to 511
-    losses[:, 39:60] = 3.0  # 40 to 60
+    losses[:, 399:511] = 1.0  # 400 to 511
+    losses[:, 29:70] = 3.0  # 30 to 70
     assert metrics.band_score(losses)[0] == pytest.approx(-2.0)
 
 

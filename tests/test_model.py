@@ -67,6 +67,27 @@ def test_the_hooked_path_computes_what_the_fused_path_does(config):
 
 
 @each_variant
+def test_a_hook_need_not_look_at_the_pattern(config):
+    model = make(config)
+    everything, fused = {}, {}
+    model(tokens(), lambda name, layer, x: everything.update({(name, layer): x}))
+    model(tokens(), lambda name, layer, x: fused.update({(name, layer): x}), pattern=False)
+    assert everything.keys() - fused.keys() == {("pattern", layer) for layer in range(3)}
+    for key, value in fused.items():
+        assert torch.allclose(value, everything[key], atol=1e-4)
+
+
+@each_variant
+def test_losses_at_some_positions_are_those_of_all(config):
+    model, targets = make(config), tokens().roll(-1, 1)
+    at = torch.tensor([[0, 149, 7, 7], [148, 3, 2, 1]])
+    everywhere = model.losses(tokens(), targets)
+    some = model.losses(tokens(), targets, at=at)
+    assert torch.allclose(some, everywhere.gather(1, at), atol=1e-4)
+    assert torch.allclose(model(tokens(), at=at)[1, 1], model(tokens())[1, 3], atol=1e-4)
+
+
+@each_variant
 def test_fast_kernels_agree_with_the_reference_in_float64(config):
     exact = make(config, kernels="reference", dtype=torch.float64).double()
     targets = tokens().roll(-1, 1)
