@@ -125,7 +125,7 @@ class Progress:
 
 def ablate_snapshot(args, ranks):
     setup = Ablations(args, ranks, args.path)
-    model, about = evaluate.load_fitting(args.path, setup.corpus, args)
+    model, about = setup.load(args.path)
     record = setup.record(model, Progress(ranks.is_first, "examples"))
     if not ranks.is_first:
         return
@@ -154,7 +154,7 @@ def ablate_run(args, ranks):
     left = [step for step in wanted if step not in done]
     progress = Progress(ranks.is_first, "snapshots")
     for n, step in enumerate(left):
-        model, about = evaluate.load_fitting(paths[step], setup.corpus, args)
+        model, about = setup.load(paths[step])
         record = setup.record(model, lambda part, whole, n=n: progress(n + part / whole, len(left)))
         records.append({"step": step, "tokens": about["tokens"], **record})
         records.sort(key=lambda record: record["step"])
@@ -168,7 +168,7 @@ def ablate_run(args, ranks):
 
 def substitute_in_snapshot(args, ranks):
     setup = Ablations(args, ranks, args.path)
-    model, about = evaluate.load_fitting(args.path, setup.corpus, args)
+    model, about = setup.load(args.path)
     wanted = args.heads or substitute.CLASS[args.substitute]
     heads = evaluate.pick_heads(setup.table, wanted)
     if not heads:

@@ -33,16 +33,17 @@ class Ablations:
 
     def __init__(self, args, ranks, path):
         self.args, self.ranks, self.cores = args, ranks, Cores(args.device)
-        self.corpus = evaluate.open_examples_corpus(args, load_snapshot(path)[1]["corpus"], ranks)
+        self.corpus = evaluate.corpus_of(args, load_snapshot(path)[1]["corpus"], ranks)
         self.examples = evaluate.draw_examples(self.corpus, args.examples).to(args.device)
-        model, _ = evaluate.load_fitting(path, self.corpus, args)
+        model, _ = self.load(path)
         self.table = evaluate.heads_table(evaluate.head_scores(model, self.examples, self.cores))
         self.sets = name_sets(self.table, args.heads)
-        # positions scored in every example; the paper's two lie within the bands
-        self.scored = [metrics.EARLY, metrics.LATE]
-        if not args.no_bands:
-            bands = metrics.EARLY_BAND, metrics.LATE_BAND
-            self.scored = [n for first, last in bands for n in range(first, last + 1)]
+        # the bands, which hold the paper's two positions, and each example's own
+        self.scored = [n + 1 for n in self.examples.scored[0, :-1].tolist()]
+        self.at = self.examples.scored
+        if args.no_bands:
+            keep = [self.scored.index(n) for n in (metrics.EARLY, metrics.LATE)]
+            self.scored, self.at = [metrics.EARLY, metrics.LATE], self.at[:, [*keep, -1]]
         # of the phase change, which only a run has: steps, direction and length
         self.window, self.vector, self.way = (), None, None
 
@@ -64,11 +65,15 @@ class Ablations:
         args, ranks = self.args, self.ranks
         return describe_machine(args.device, self.cores, ranks.world, torch.float32, args.kernels)
 
+    def load(self, path):
+        model, about = evaluate.load_fitting(path, self.corpus, self.args.kernels)
+        return model.to(self.args.device), about
+
     def find_vector(self, start, end):
         """The before-and-after vector between two snapshots."""
         losses, self.window = [], []
         for path in start, end:
-            model, about = evaluate.load_fitting(path, self.corpus, self.args)
+            model, about = self.load(path)
             losses.append(self.losses(model, [[]])[0, :, -1])
             self.window.append(about["step"])
         self.vector, self.way = metrics.before_and_after_vector(*losses)
@@ -125,29 +130,23 @@ class Ablations:
         """Losses at the scored positions and, last, at each example's own: [ablation, example,
         scored], on the CPU.
         """
-        examples, config = self.examples, model.config
-        scored = torch.tensor(self.scored, device=examples.inputs.device) - 1
-        positions = torch.cat(
-            [scored.expand(len(examples), -1), examples.token_index[:, None]], dim=1
-        )
-        rows = [self.ranks.share(x) for x in (examples.inputs, examples.targets, positions)]
+        config, device = model.config, self.at.device.type
+        rows = [self.ranks.share(x) for x in (self.examples.inputs, self.examples.targets, self.at)]
         means = self.means(model, rows[0]) if self.args.mean else None
-        at_once = evaluate.ROWS_AT_ONCE[positions.device.type]
+        at_once = evaluate.ROWS_AT_ONCE[device]
         if not self.args.full:
             width = max(config.d_model, config.n_heads * config.d_head)
             # what a clean run keeps: q, k, z and the residual stream
             n_bytes = 4 * 4 * config.n_layers * evaluate.N_CTX * width
-            at_once = max(1, CHUNK_BYTES[positions.device.type] // n_bytes)
+            at_once = max(1, CHUNK_BYTES[device] // n_bytes)
 
         @torch.no_grad()  # gradients are switched off for each thread
-        def of_chunk(inputs, targets, positions):
+        def of_chunk(inputs, targets, at):
             if not self.args.full:
                 how = means, self.args.freeze_layernorm
-                return sweep(model, inputs, targets, positions, ablations, *how).transpose(0, 1)
-            losses = [
-                model.losses(inputs, targets, ablation(heads, means)).gather(1, positions)
-                for heads in ablations
-            ]
+                return sweep(model, inputs, targets, at, ablations, *how).transpose(0, 1)
+            hooks = (ablation(heads, means) for heads in ablations)
+            losses = [model.losses(inputs, targets, hook, pattern=False, at=at) for hook in hooks]
             return torch.stack(losses, dim=1)
 
         parts = []

@@ -422,20 +422,20 @@ def snapshots_of(run):
 
 def prepare(args, trained_on, ranks):
     """Draws the examples; returns the function that measures a snapshot file."""
-    corpus = open_examples_corpus(args, trained_on, ranks)
+    corpus = corpus_of(args, trained_on, ranks)
     examples = draw_examples(corpus, args.examples).to(args.device)
     cores = Cores(args.device)
 
     def measure_file(path):
-        model, about = load_fitting(path, corpus, args)
-        record = measure(model, examples, cores, ranks)
+        model, about = load_fitting(path, corpus, args.kernels)
+        record = measure(model.to(args.device), examples, cores, ranks)
         return {"step": about["step"], "tokens": about["tokens"], **record}
 
     return measure_file
 
 
-def open_examples_corpus(args, trained_on, ranks):
-    """The corpus to measure on.
+def corpus_of(args, trained_on, ranks):
+    """The corpus of --data and --vocabulary; without them the one trained on, if it is built in.
 
     trained_on: {"data", "name", "sha256"} as a snapshot tells it. Its path is not followed: the
     file may be a stranger's.
@@ -454,15 +454,15 @@ def open_examples_corpus(args, trained_on, ranks):
     return corpus
 
 
-def load_fitting(path, corpus, args):
-    """-> (model on its device, about) of a snapshot that can read this corpus."""
-    model, about = load_snapshot(path, kernels=args.kernels)
+def load_fitting(path, corpus, kernels="torch"):
+    """`load_snapshot`, refusing a model that cannot read examples of this corpus."""
+    model, about = load_snapshot(path, kernels=kernels)
     if model.config.d_vocab != corpus.d_vocab:
         wanted, given = model.config.d_vocab, corpus.d_vocab
         raise BadInput(f"{path}: a vocabulary of {wanted}, but {corpus.name} has {given}")
     if model.config.n_ctx < N_CTX:
         raise BadInput(f"{path}: its context of {model.config.n_ctx} is shorter than {N_CTX}")
-    return model.to(args.device), about
+    return model, about
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ forward pass takes 51e9 (`operations` counts any model).
 import torch
 import torch.nn.functional as F
 
-from kernels.attention import frozen_attention, smear_keys, visible
+from kernels.attention import attention_pattern, frozen_attention
 from kernels.cross_entropy import linear_cross_entropy
 from model import per_head, sum_over_heads
 
@@ -149,16 +149,11 @@ class CleanRun:
         attn = self.model.blocks[layer].attn
         x = x + self.model.positions[: x.shape[1]]
         k = per_head(x, attn.W_K)
-        if not self.is_last(layer):
+        if self.is_last(layer):
+            q = per_head(self.at_scored(x), attn.W_Q)
+            self.pattern = attention_pattern(q, k, attn.alpha, attn.windows, self.positions)
+        else:
             self.queries_and_keys.append((per_head(x, attn.W_Q), k))
-            return
-        q = per_head(self.at_scored(x), attn.W_Q)
-        k = k if attn.alpha is None else smear_keys(k, attn.alpha)
-        n_heads, n_ctx = k.shape[1:3]
-        seen = visible(n_ctx, n_ctx, attn.windows or (n_ctx,) * n_heads, x.device)
-        seen = seen[:, self.positions].transpose(0, 1)  # [example, head, scored, key]
-        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-        self.pattern = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
 
     def attend(self, layer, x):
         """z [run, example, head, pos, d_head] of normalised x, with the clean run's pattern."""
@@ -204,5 +199,5 @@ def mean_results(model, inputs):
         if name == "z":
             means.append(value.mean(dim=(0, 2)))
 
-    model.residual(inputs, add)
+    model.residual(inputs, add, pattern=False)
     return torch.stack(means)

@@ -86,27 +86,18 @@ def previous_token_attention(q, k, alpha=None, windows=None):
 
 
 def frozen_attention(q, k, lse, values, alpha=None, windows=None):
-    """One pattern for many values: z [stack, batch, head, pos, d_head], where every z has the
-    pattern that q, k [batch, head, pos, d_head] make and its own `values` of the same shape as z.
+    """One pattern for many values, which is what pattern-preserving ablations need: values [stack,
+    batch, head, pos, d_head] -> z of the same shape, with the pattern that q, k [batch, head, pos,
+    d_head] make.
 
-    What pattern-preserving ablations need: the softmax is computed once for all of them, tile by
-    tile, and no T x T pattern exists. lse [batch, head, pos], the logarithm of each row's softmax
-    denominator, spares finding it again; None if it was not kept.
+    The softmax is computed once for all of the stack, tile by tile. lse [batch, head, pos], the
+    logarithm of each row's softmax denominator, is not needed here and may be None.
     """
     if alpha is not None:
         k = smear_keys(k, alpha)
-    shape = values.shape
-    q, k = q.flatten(0, 1), k.flatten(0, 1)
-    values = values.flatten(1, 2)  # [stack, batch * head, pos, d_head]
+    shape, values = values.shape, values.flatten(1, 2)  # [stack, batch * head, pos, d_head]
     z = torch.empty_like(values)
-    for start, stop in _tiles(q.shape[1]):
-        scores = q.new_empty(len(q), stop - start, stop)
-        _multiply(q[:, start:stop], k[:, :stop].transpose(1, 2), scores, q.shape[2] ** -0.5)
-        _mask(scores, start, stop, windows)
-        if lse is None:
-            pattern = torch.softmax(scores, dim=-1, out=scores)
-        else:
-            pattern = scores.sub_(lse.flatten(0, 1)[:, start:stop, None]).exp_()
+    for start, stop, pattern in _patterns(q.flatten(0, 1), k.flatten(0, 1), windows):
         for value, out in zip(values, z, strict=True):
             _multiply(pattern, value[:, :stop], out=out[:, start:stop])
     return z.view(shape)

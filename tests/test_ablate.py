@@ -80,7 +80,7 @@ def test_a_record_is_what_two_passes_and_the_definitions_say(snapshot, command, 
     expected = {
         "icl_attribution": lambda x: x[:, 499] - x[:, 49],
         "band_attribution": lambda x: x[:, 479:511].mean(1) - x[:, 39:60].mean(1),
-        "loss_change": lambda x: np.array([x[n, i] for n, i in enumerate(examples.token_index)]),
+        "loss_change": lambda x: np.array([x[n, i] for n, i in enumerate(examples.scored[:, -1])]),
     }
     together = losses_with(model, examples, [(0, 1), (1, 1)]) - clean
     summed = changes[0, 1] + changes[1, 1]
@@ -230,14 +230,14 @@ def test_a_run_is_ablated_with_its_before_and_after_vector(run, command, corpus,
     for step in window:
         weights = torch.load(run / "snapshots" / f"step_{step:07d}.pt", weights_only=True)
         model.load_state_dict(weights["weights"])
-        own.append(losses_with(model, examples, [])[range(6), examples.token_index])
+        own.append(losses_with(model, examples, [])[range(6), examples.scored[:, -1]])
     vector = (own[1] - own[0]) / np.linalg.norm(own[1] - own[0])
     model.load_state_dict(
         torch.load(run / "snapshots" / "step_0000240.pt", weights_only=True)["weights"]
     )
     for head in HEADS:
         change = losses_with(model, examples, [head]) - losses_with(model, examples, [])
-        products = change[range(6), examples.token_index] * vector
+        products = change[range(6), examples.scored[:, -1]] * vector
         assert records[-1]["before_and_after"][head] == pytest.approx(products.sum(), abs=1e-3)
         error = products.std(ddof=1) * 6**0.5
         assert records[-1]["before_and_after_error"][head] == pytest.approx(error, abs=1e-3)
