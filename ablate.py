@@ -306,24 +306,26 @@ def answer(setup, records):
     shares = [f"{share(since, 'icl_attribution', heads)} of the positive ICL attribution"]
     if "band_attribution" in last:
         shares.append(f"{share(since, 'band_attribution', heads)} between bands")
-    when = f"at {len(since)} snapshots from the phase change on, " if len(since) > 1 else ""
-    carry, them = ("carry", "them together") if len(heads) > 1 else ("carries", "it")
-    sentence = (
-        f"{when}{name} {carry} {', '.join(shares)}; without {them} the in-context learning"
-        f" score {'at the end ' if when else ''}is"
-        f" {last['icl_score'] + last['together_icl_attribution'][0]:+.3f} instead of"
-        f" {last['icl_score']:+.3f} (change {pair(last, 'together_icl_attribution', 0)},"
-        f" n = {last['examples']:,})"
-    )
-    if not setup.window:
-        return sentence
-    after = next(record for record in records if record["step"] == setup.window[1])
-    dot = after["together_before_and_after"][0]
-    return (
-        f"{sentence}; at the end of the phase change that moves the per-token losses"
-        f" {pair(after, 'together_before_and_after', 0)} along its vector:"
-        f" {'back' if dot < 0 else 'on'} by {abs(dot) / setup.way:.0%} of its length"
-    )
+    left = [
+        f"{last['icl_score'] + last['together_icl_attribution'][n]:+.3f}"
+        f" ({pair(last, 'together_icl_attribution', n)}) without {some}"
+        for n, some in enumerate(setup.sets)
+    ]
+    sentences = [
+        f"{name} {'carry' if len(heads) > 1 else 'carries'} {', '.join(shares)}"
+        + (f", at {len(since)} snapshots from the phase change on" if len(since) > 1 else ""),
+        f"the {'final ' if len(since) > 1 else ''}in-context learning score of"
+        f" {last['icl_score']:+.3f} becomes {', and '.join(left)} (n = {last['examples']:,})",
+    ]
+    if setup.window:
+        after = next(record for record in records if record["step"] == setup.window[1])
+        dot = after["together_before_and_after"][0]
+        sentences.append(
+            f"at the end of the phase change, ablating {name} moves the per-token losses"
+            f" {pair(after, 'together_before_and_after', 0)} along the before-and-after vector,"
+            f" {'back' if dot < 0 else 'on'} by {abs(dot) / setup.way:.0%} of its length"
+        )
+    return "; ".join(sentences)
 
 
 def share(records, name, heads):

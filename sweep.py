@@ -13,7 +13,8 @@ its mean instead, or letting patterns change ("full" ablation), are the usual va
 - in the layers between, only values change: no Q, no K, no softmax, one frozen pattern for all
   ablations of a layer;
 - in the last layer only scored positions are queries, and with the pattern fixed mixing can go
-  before projecting: z = (pattern x) W_V is a handful of rows instead of all of them;
+  before projecting: z = (pattern x) W_V is a handful of rows instead of all of them, which is
+  cheaper while positions are fewer than 70 of 768 dimensions;
 - logits exist at scored positions alone.
 
 Operations for one ablated head and one example of a two-layer attention-only model (T positions, S
@@ -162,8 +163,12 @@ class CleanRun:
             q, k = self.queries_and_keys[layer]
             v = per_head(x, attn.W_V)
             return frozen_attention(q, k, None, v, attn.alpha, attn.windows)
-        mixed = (self.pattern.flatten(1, 2) @ x).unflatten(2, self.pattern.shape[1:3])
-        return torch.einsum("rbhsd,hde->rbhse", mixed, attn.W_V)
+        n_heads, d_model, d_head = attn.W_V.shape
+        n_scored = self.positions.shape[1]
+        if n_scored * (d_model - d_head) < d_model * d_head:  # mixing first costs less
+            mixed = (self.pattern.flatten(1, 2) @ x).unflatten(2, (n_heads, n_scored))
+            return torch.einsum("rbhsd,hde->rbhse", mixed, attn.W_V)
+        return torch.stack([self.pattern @ v for v in per_head(x, attn.W_V)])
 
     def add_heads(self, layer, resid, z):
         if self.is_last(layer):

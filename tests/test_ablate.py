@@ -79,7 +79,7 @@ def test_a_record_is_what_two_passes_and_the_definitions_say(snapshot, command, 
     changes = {head: losses_with(model, examples, [head]) - clean for head in HEADS}
     expected = {
         "icl_attribution": lambda x: x[:, 499] - x[:, 49],
-        "band_attribution": lambda x: x[:, 479:511].mean(1) - x[:, 39:60].mean(1),
+        "band_attribution": lambda x: x[:, 399:511].mean(1) - x[:, 29:70].mean(1),
         "loss_change": lambda x: np.array([x[n, i] for n, i in enumerate(examples.scored[:, -1])]),
     }
     together = losses_with(model, examples, [(0, 1), (1, 1)]) - clean
@@ -149,15 +149,21 @@ def test_two_processes_ablate_as_one(snapshot, command):
 
 def answer(attribution, together, heads=((1, 0),)):
     record = {"step": 5, "icl_score": -0.5, "examples": 9, "icl_attribution": np.array(attribution)}
-    record |= {"together_icl_attribution": [together], "together_icl_attribution_error": [0.01]}
-    record["icl_attribution_error"] = np.zeros((2, 2))
-    setup = type("Setup", (), {"sets": {"these": list(heads)} if heads else {}, "window": ()})
+    record |= {
+        "together_icl_attribution": [together, 0.1],
+        "icl_attribution_error": np.zeros((2, 2)),
+    }
+    record["together_icl_attribution_error"] = [0.01, 0.02]
+    sets = {"these": list(heads), "the others": []} if heads else {}
+    setup = type("Setup", (), {"sets": sets, "window": ()})
     return ablate.answer(setup, [record])
 
 
 def test_the_answer_is_computed():
     assert "these carries 75% of the positive" in answer([[0.1, -0.9], [0.3, 0.0]], 0.3)
-    assert "without it the in-context learning score is -0.200" in answer([[0, 0], [0.3, 0]], 0.3)
+    without = answer([[0, 0], [0.3, 0]], 0.3)
+    assert "score of -0.500 becomes -0.200 (+0.300 +- 0.010) without these" in without
+    assert "-0.400 (+0.100 +- 0.020) without the others" in without
     assert "these carry 100%" in answer([[0.1, -0.9], [0.3, 0]], 0.3, [(0, 0), (1, 0)])
     assert "these carries 0%" in answer([[0.1, -0.9], [-0.3, 0]], -0.3)
     assert "these carries none" in answer([[-0.1, -0.9], [-0.3, 0]], -0.3)

@@ -195,6 +195,17 @@ def test_the_sweep_equals_two_passes_with_layernorm_frozen(sizes, rows):
     assert largest_difference(model, rows, ablations, freeze_layernorm=True) < 1e-5
 
 
+@pytest.mark.parametrize("n_scored", [1, N_CTX])
+def test_few_and_many_scored_positions(n_scored, rows):
+    """Fewer are mixed before they are projected, more after."""
+    model = make(n_layers=3, smear=True)
+    positions = torch.arange(n_scored).expand(5, -1)
+    for heads in [(0, 1)], [(1, 2)], [(2, 0)]:
+        fast = sweep.sweep(model, *rows, positions, [heads])[0]
+        slow = two_passes(model, rows, heads)[:, :n_scored]
+        assert (fast - slow).abs().max() < 1e-5
+
+
 def test_a_stack_cut_in_pieces_is_the_same_stack(rows, monkeypatch):
     model = make(n_layers=3)
     ablations = [[head] for head in every_head(model)]
