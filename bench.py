@@ -2,6 +2,7 @@
 times, in one run.
 
     python bench.py train      a training step, against nanoGPT's recipe at the same shape
+    python bench.py ablate     every head ablated, against two passes with hooks and TransformerLens
 
 Every row is printed and appended to results/bench.jsonl with all that it takes to repeat it.
 """
@@ -19,10 +20,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import train
-from model import Transformer, config_for
+from model import ModelConfig, Transformer, config_for
 from parallel import AVAILABLE_CORES, Cores, Ranks
 from progress import describe_machine
 from safety import ArgumentParser, BadInput, one_line_errors
+from sweep import ablation, preserving_patterns, sweep
 
 CPU = torch.device("cpu")
 
@@ -206,10 +208,194 @@ def check_gradient(config, recipe, corpus, cores):
         raise BadInput(f"the fast gradient is off by {difference:.1e}; nothing was timed")
 
 
+# --- every head ablated
+
+
+def ablation_flops(config, scored):
+    """Operations for one example, matrix products only, attention counted causal: (a forward pass,
+    the mean pattern-preserving ablation of one head in the sweep, its share of the clean run
+    included).
+    """
+    n_ctx, n_layers, n_heads = config.n_ctx, config.n_layers, config.n_heads
+    d_model, width = config.d_model, config.n_heads * config.d_head
+    projection, mixing = 2 * d_model * width, width * (n_ctx + 1)  # for each position
+    mlp, unembedding = 4 * d_model * config.d_mlp, 2 * d_model * config.d_vocab
+    forward = n_ctx * (n_layers * (4 * projection + 2 * mixing + mlp) + unembedding)
+    last = scored * (2 * n_ctx * n_heads * d_model + 2 * projection + mlp)
+    clean = n_ctx * ((n_layers - 1) * (4 * projection + 2 * mixing + mlp) + projection) + last
+    ablations = scored * (2 * d_model * config.d_head + mlp)  # of the last layer
+    for layer in range(n_layers - 1):
+        between = n_layers - 2 - layer
+        ablations += n_ctx * (2 * d_model * config.d_head + mlp)
+        ablations += between * n_ctx * (2 * projection + mixing + mlp) + last
+    mean = ablations / n_layers + clean / (n_layers * n_heads) + scored * unembedding
+    return forward, mean
+
+
+def transformer_lens_twin(model):
+    """The same weights in TransformerLens, or None if it is not installed."""
+    try:
+        from transformer_lens import HookedTransformer, HookedTransformerConfig
+    except ImportError:
+        return None
+    config = model.config
+    shape = {name: getattr(config, name) for name in ("n_layers", "d_model", "n_heads", "d_head")}
+    twin = HookedTransformer(
+        HookedTransformerConfig(
+            **shape,
+            n_ctx=config.n_ctx,
+            d_vocab=config.d_vocab,
+            d_mlp=config.d_mlp or None,
+            attn_only=not config.d_mlp,
+            act_fn="gelu",
+            normalization_type="LN",
+            positional_embedding_type="shortformer",
+            device="cpu",
+        )
+    )
+    with torch.no_grad():  # the biases that our model does not have start at 0
+        weights = dict(twin.named_parameters())
+        for name, weight in model.named_parameters():
+            weights[name].copy_(weight)
+        weights["pos_embed.W_pos"].copy_(model.positions)
+    return twin
+
+
+def transformer_lens_ablation(twin, inputs):
+    """A function of (layer, head): losses [example, pos - 1] by run_with_hooks, with the patterns
+    of a clean run that is cached once for all heads.
+    """
+
+    def is_pattern(name):
+        return name.endswith("hook_pattern")
+
+    patterns = twin.run_with_cache(inputs, names_filter=is_pattern)[1]
+
+    def without(head):
+        layer, head = head
+
+        def zero(z, hook):
+            z[:, :, head] = 0  # [example, pos, head, d_head]
+            return z
+
+        return twin.run_with_hooks(
+            inputs,
+            return_type="loss",
+            loss_per_token=True,
+            fwd_hooks=[
+                (is_pattern, lambda _, hook: patterns[hook.name]),
+                (f"blocks.{layer}.attn.hook_z", zero),
+            ],
+        )
+
+    return without
+
+
+@torch.no_grad()
+def bench_ablate(seconds):
+    """Rows for ablating every head at the paper's width, in turns: seconds for one head and one
+    example.
+    """
+    for n_layers in (2, 6):
+        config = ModelConfig(n_layers, 768, 12, 64, 0, 512, 50_257)
+        model = Transformer(config).init_weights(0)
+        tokens = torch.randint(50_257, (4, 513), generator=torch.Generator().manual_seed(0))
+        at = torch.tensor([49, 499, 299]).expand(4, -1)  # the paper's two, and any other
+        rows, heads = (tokens[:, :-1], tokens[:, 1:]), list(np.ndindex(n_layers, 12))
+        calls = ablation_calls(model, rows, at, heads)
+        check_ablations(calls, at, heads)
+        times = {name: [] for name in calls}
+        deadline = time.perf_counter() + seconds / 2
+        while time.perf_counter() < deadline or len(times["sweep"]) < 3:
+            # by hooks it costs the same whichever head it is: another one each turn
+            head = heads[5 * len(times["sweep"]) % len(heads)]
+            for name, call in calls.items():
+                tick = time.perf_counter()
+                call(head)
+                times[name].append((time.perf_counter() - tick) / len(tokens))
+        times["sweep"] = [every / len(heads) for every in times["sweep"]]
+        forward, ablated = ablation_flops(config, at.shape[1])
+        flops = {"sweep": ablated, "forward pass": forward, "two passes with hooks": 2 * forward}
+        base = np.median(times["sweep"])
+        for name, each in times.items():
+            p20, median, p80 = np.percentile(each, [20, 50, 80])
+            predicted = flops.get(name, forward)
+            yield {
+                "what": f"{n_layers} layers, {name}",
+                "milliseconds": round(1e3 * median, 2),
+                "p20": round(1e3 * p20, 2),
+                "p80": round(1e3 * p80, 2),
+                "n": len(each),
+                "times_sweep": round(median / base, 2),
+                "predicted_gflop": round(predicted / 1e9, 3),
+                "predicted_times_sweep": round(predicted / ablated, 1),
+                "gflops": round(predicted / median / 1e9, 1),
+                "shape": dataclasses.asdict(config) | {"examples": len(tokens)},
+            }
+
+
+def ablation_calls(model, rows, at, heads):
+    """{name: function(head)}: the sweep does all heads whichever is asked for."""
+    cores = Cores(CPU)
+
+    @torch.no_grad()
+    def of_rows(*rows):
+        return sweep(model, *rows, [[head] for head in heads])
+
+    def every_head(head):
+        torch.set_num_threads(1)
+        losses = torch.cat(cores(of_rows, *rows, at), dim=1)
+        torch.set_num_threads(AVAILABLE_CORES)
+        return losses
+
+    def two_passes(head):
+        return model.losses(*rows, preserving_patterns(model, rows[0], ablation([head])))
+
+    calls = {
+        "sweep": every_head,
+        "forward pass": lambda head: model.losses(*rows),
+        "two passes with hooks": two_passes,
+    }
+    twin = transformer_lens_twin(model)
+    if twin:
+        calls["TransformerLens"] = transformer_lens_ablation(twin, rows[0])
+    else:
+        print("TransformerLens is not installed: not compared")
+    return calls
+
+
+def check_ablations(calls, at, heads):
+    every = calls["sweep"](None)
+    for name in calls.keys() - {"sweep", "forward pass"}:
+        difference = (calls[name](heads[1]).gather(1, at) - every[1]).abs().max()
+        if difference > 1e-4:
+            raise BadInput(f"{name} and the sweep differ by {difference:.1e}; nothing was timed")
+
+
+def train_line(row):
+    return (
+        f"{row['what']:>18}  {row['tokens_per_second']:>7,} tokens/s"
+        f" ({row['p20']:,} to {row['p80']:,}, n={row['n']})  {row['speedup']:.2f}x"
+        f"  {row['of_ceiling']:.0%} of the matmul ceiling, {row['ceiling_gflops']:.0f} GFLOP/s"
+    )
+
+
+def ablate_line(row):
+    return (
+        f"{row['what']:>31}  {row['milliseconds']:>9,.1f} ms"
+        f" ({row['p20']:,.1f} to {row['p80']:,.1f}, n={row['n']}) {row['times_sweep']:>6.1f} times"
+        f" the sweep; predicted {row['predicted_gflop']:>7.2f} GFLOP,"
+        f" {row['predicted_times_sweep']:.0f} times; {row['gflops']:.0f} GFLOP/s"
+    )
+
+
+BENCHES = {"train": (bench_train, train_line), "ablate": (bench_ablate, ablate_line)}
+
+
 @one_line_errors
 def main(argv=None):
     parser = ArgumentParser(__doc__)
-    parser.add_argument("what", choices=("train",))
+    parser.add_argument("what", choices=BENCHES)
     parser.add_argument(
         "--seconds", type=float, default=60, help="time for each comparison (default: 60)"
     )
@@ -223,12 +409,9 @@ def main(argv=None):
     machine = describe_machine(CPU, Cores(CPU), 1, torch.float32, "torch")
     print(f"{machine['device']}, torch {machine['torch']}, commit {machine['commit']}", flush=True)
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    for row in bench_train(args.seconds):
-        print(
-            f"{row['what']:>18}  {row['tokens_per_second']:>7,} tokens/s"
-            f" ({row['p20']:,} to {row['p80']:,}, n={row['n']})  {row['speedup']:.2f}x"
-            f"  {row['of_ceiling']:.0%} of the matmul ceiling, {row['ceiling_gflops']:.0f} GFLOP/s"
-        )
+    rows, line = BENCHES[args.what]
+    for row in rows(args.seconds):
+        print(line(row), flush=True)
         record = {"bench": args.what, **row, "machine": machine, "date": time.strftime("%Y-%m-%d")}
         with open(args.json, "a") as file:
             file.write(json.dumps(record) + "\n")

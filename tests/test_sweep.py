@@ -258,3 +258,30 @@ def test_a_slip_is_seen(slip, rows, monkeypatch):
     monkeypatch.setattr(sweep, "CleanRun", slip)
     for head in every_head(model):
         assert largest_difference(model, rows, [[head]]) > 1e-2
+
+
+# an oracle that is not ours
+
+
+def test_transformer_lens_says_the_same(rows):
+    pytest.importorskip("transformer_lens")
+    from bench import transformer_lens_ablation, transformer_lens_twin
+
+    model, inputs = make(n_layers=2), rows[0]
+    targets = inputs[:, 1:]
+    twin, patterns = transformer_lens_twin(model), {}
+
+    def keep(name, layer, value):
+        if name == "pattern":
+            patterns[layer] = value
+
+    logits, cache = twin.run_with_cache(inputs)
+    assert torch.allclose(model(inputs, keep), logits, atol=1e-4)
+    for layer in range(2):
+        assert torch.allclose(patterns[layer], cache["pattern", layer], atol=1e-4)
+    without = transformer_lens_ablation(twin, inputs)
+    positions = torch.arange(N_CTX - 1).expand(len(inputs), -1)
+    padded = torch.cat([targets, targets[:, :1]], dim=1)
+    ours = sweep.sweep(model, inputs, padded, positions, [[h] for h in every_head(model)])
+    for losses, head in zip(ours, every_head(model), strict=True):
+        assert torch.allclose(losses, without(head), atol=1e-4)
