@@ -153,7 +153,10 @@ class Ablations:
         for chunk in zip(*(x.split(at_once * self.cores.count) for x in rows), strict=True):
             parts += self.cores(of_chunk, *chunk)
             progress(sum(map(len, parts)), len(rows[0]))
-        return self.ranks.gather(torch.cat(parts).cpu()).transpose(0, 1)
+        losses = self.ranks.gather(torch.cat(parts).cpu()).transpose(0, 1)
+        if not losses.isfinite().all():
+            raise BadInput("losses that are not numbers: this model's training has diverged")
+        return losses
 
     def means(self, model, inputs):
         """Mean results over the examples of all processes, of which inputs is this one's share:

@@ -296,11 +296,12 @@ def bench_ablate(seconds):
     """Rows for ablating every head at the paper's width, in turns: seconds for one head and one
     example.
     """
-    for n_layers in (2, 6):
+    for n_layers, n_examples in (2, 4), (6, 2):
         config = ModelConfig(n_layers, 768, 12, 64, 0, 512, 50_257)
         model = Transformer(config).init_weights(0)
-        tokens = torch.randint(50_257, (4, 513), generator=torch.Generator().manual_seed(0))
-        at = torch.tensor([49, 499, 299]).expand(4, -1)  # the paper's two, and any other
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(50_257, (n_examples, 513), generator=generator)
+        at = torch.tensor([49, 499, 299]).expand(n_examples, -1)  # the paper's two, and any other
         rows, heads = (tokens[:, :-1], tokens[:, 1:]), list(np.ndindex(n_layers, 12))
         calls = ablation_calls(model, rows, at, heads)
         check_ablations(calls, at, heads)

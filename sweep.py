@@ -162,7 +162,7 @@ class CleanRun:
         if not self.is_last(layer):
             q, k = self.queries_and_keys[layer]
             v = per_head(x, attn.W_V)
-            return frozen_attention(q, k, None, v, attn.alpha, attn.windows)
+            return frozen_attention(q, k, None, v, attn.alpha, attn.windows, self.model.kernels)
         n_heads, d_model, d_head = attn.W_V.shape
         n_scored = self.positions.shape[1]
         if n_scored * (d_model - d_head) < d_model * d_head:  # mixing first costs less

@@ -85,7 +85,7 @@ def previous_token_attention(q, k, alpha=None, windows=None):
     return total.view(batch, n_heads).mean(dim=0) / (n_ctx - 1)
 
 
-def frozen_attention(q, k, lse, values, alpha=None, windows=None):
+def frozen_attention(q, k, lse, values, alpha=None, windows=None, kernels="torch"):
     """One pattern for many values, which is what pattern-preserving ablations need: values [stack,
     batch, head, pos, d_head] -> z of the same shape, with the pattern that q, k [batch, head, pos,
     d_head] make.
@@ -93,6 +93,8 @@ def frozen_attention(q, k, lse, values, alpha=None, windows=None):
     The softmax is computed once for all of the stack, tile by tile. lse [batch, head, pos], the
     logarithm of each row's softmax denominator, is not needed here and may be None.
     """
+    if kernels == "reference":
+        return attention_pattern(q, k, alpha, windows) @ values
     if alpha is not None:
         k = smear_keys(k, alpha)
     shape, values = values.shape, values.flatten(1, 2)  # [stack, batch * head, pos, d_head]

@@ -353,6 +353,14 @@ def test_bad_input_is_one_line(snapshot, run, command, tmp_path, capsys):
     assert "cuda" in refused(capsys, [*command(snapshot)[:3], "--device", "cuda"])
 
 
+def test_a_model_that_diverged_is_one_line(corpus, text_file, command, tmp_path, capsys):
+    model = make(0)
+    with torch.no_grad():
+        model.blocks[0].attn.W_O[0, 0, 0] = torch.nan
+    path = save(tmp_path / "diverged.pt", model, corpus, text_file)
+    assert "diverged" in refused(capsys, command(path))
+
+
 def test_before_and_after_by_hand():
     vector, length = metrics.before_and_after_vector(
         torch.tensor([3.0, 3]), torch.tensor([0.0, -1])
