@@ -245,8 +245,14 @@ def report(setup, records, path):
         f" LayerNorm {settings['layernorm']}; {last['examples']:,} examples; nats, +- standard"
         " error of the paired difference\n"
         f"clean   loss {last['loss']:.3f}, in-context learning score {pair(last, 'icl_score')}"
-        + (f", between bands {pair(last, 'icl_band_score')}" if "icl_band_score" in last else "")
+        f" (token {metrics.LATE} minus token {metrics.EARLY})"
     )
+    if "icl_band_score" in last:
+        late, early = ("{}-{}".format(*b) for b in (metrics.LATE_BAND, metrics.EARLY_BAND))
+        print(f"        between bands {pair(last, 'icl_band_score')} ({late} minus {early})")
+    if "before_and_after" not in last:
+        reason = "no phase change" if path.is_dir() else "a run is needed, and its phase change"
+        print(f"before-and-after attribution: N/A ({reason})")
     print_table(last, setup.table, setup.sets)
     if len(records) > 1:
         print_training(records, setup.sets)

@@ -57,7 +57,7 @@ class Ablations:
             "replacement": "mean" if args.mean else "zero",
             "layernorm": "frozen" if args.freeze_layernorm else "recomputed",
             "scored_positions": self.scored,
-            "together": list(self.sets),
+            "together": {name: list(map(evaluate.label, some)) for name, some in self.sets.items()},
             "phase_change_steps": list(self.window),
         }
 
@@ -187,8 +187,10 @@ def name_sets(table, wanted):
     if wanted and not heads:
         classes = ", ".join(f"{row['head']} {row['class']}" for row in table)
         raise BadInput(f"--heads {wanted}: none of this model's heads is one ({classes})")
-    noun = f"head{'s' * (len(heads) > 1)} {', '.join(map(evaluate.label, heads))}"
-    sets = {f"{kind} {noun}" if kind in evaluate.CLASSES else noun: heads}
+    of_kind = f"{kind} " if kind in evaluate.CLASSES else ""
+    names = ", ".join(map(evaluate.label, heads))
+    name = f"{of_kind}head{'s' * (len(heads) > 1)} {names}"
+    sets = {name if len(heads) < 4 else f"{len(heads)} {of_kind or 'chosen '}heads": heads}
     every = ",".join(row["head"] for row in table)
     sets["all other heads"] = sorted(set(evaluate.pick_heads(table, every)) - set(heads))
     return {name: some for name, some in sets.items() if some} if heads else {}

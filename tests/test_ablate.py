@@ -287,7 +287,7 @@ def test_a_run_without_a_phase_change_has_no_before_and_after(run, command, caps
     records = read_records(run / "measurements.npz")
     write_records(run / "measurements.npz", [{**r, "icl_band_score": -0.1} for r in records])
     assert ablate.main(command(run, "--heads", "1:0", "--snapshots", "2")) == 0
-    assert "before and after" not in capsys.readouterr().out
+    assert "N/A (no phase change)" in capsys.readouterr().out
     assert "before_and_after" not in read_records(run / "ablations.npz")[0]
 
 
@@ -296,7 +296,8 @@ def test_one_layer_is_enough(corpus, text_file, command, tmp_path, monkeypatch, 
     config = ModelConfig(1, 32, 2, 16, 0, 512, 1024)
     path = save(tmp_path / "one.pt", make(0, config), corpus, text_file)
     assert ablate.main(command(path)) == 0
-    assert "no head matches prefixes" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "no head matches prefixes" in out and "N/A (a run is needed" in out
 
 
 # idealised patterns
