@@ -247,7 +247,7 @@ def test_a_run_is_ablated_with_its_before_and_after_vector(run, command, corpus,
         assert records[-1]["before_and_after"][head] == pytest.approx(products.sum(), abs=1e-3)
         error = products.std(ddof=1) * 6**0.5
         assert records[-1]["before_and_after_error"][head] == pytest.approx(error, abs=1e-3)
-    assert "along its vector" in out
+    assert "along the before-and-after vector" in out
 
 
 def test_an_interrupted_sweep_goes_on(run, command, monkeypatch):
