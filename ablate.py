@@ -254,7 +254,7 @@ def report(setup, records, path):
         reason = "no phase change" if path.is_dir() else "a run is needed, and its phase change"
         print(f"before-and-after attribution: N/A ({reason})")
     print_table(last, setup.table, setup.sets)
-    if len(records) > 1:
+    if len(records) > 1 and setup.sets:
         print_training(records, setup.sets)
     print(answer(setup, records))
 

@@ -25,8 +25,9 @@ of them scored, H heads, width d, d_head e, vocabulary V):
     4 S H d e      projecting what was mixed: W_V, W_O
     2 S d V        logits
 
-At d = 768, H = 12, T = 512, V = 50,257 and S = 3 these are 0.3e9, three quarters of them logits; a
-forward pass takes 51e9 (`operations` counts any model).
+At d = 768, H = 12, T = 512, V = 50,257 and S = 3 these are 0.32e9, three quarters of them logits,
+and 0.1e9 more is each head's share of the clean run; a forward pass takes 45e9 (`ablation_flops` in
+bench.py counts any model).
 """
 
 import torch
