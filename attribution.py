@@ -22,7 +22,7 @@ ATTRIBUTION = {
     "loss": "loss_change",
 }
 QUANTITIES = (*ATTRIBUTION.values(), "before_and_after")
-# what the clean run of a chunk of examples may keep, for each core
+# what is kept of a chunk of examples, for each core
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 16 * 2**30}
 
 
@@ -136,8 +136,9 @@ class Ablations:
         at_once = evaluate.ROWS_AT_ONCE[device]
         if not self.args.full:
             width = max(config.d_model, config.n_heads * config.d_head)
-            # what a clean run keeps: q, k, z and the residual stream
+            # of one example: the clean run's q, k, z and residual stream, and what ablations end in
             n_bytes = 4 * 4 * config.n_layers * evaluate.N_CTX * width
+            n_bytes += 4 * len(ablations) * self.at.shape[1] * config.d_model
             at_once = max(1, CHUNK_BYTES[device] // n_bytes)
 
         @torch.no_grad()  # gradients are switched off for each thread
