@@ -95,9 +95,17 @@ def example_losses(model, examples, hook_for, cores, ranks):
 
 
 def fit(name, losses):
-    """The (match, longer) of the grid that makes the mean of losses(match, longer) least."""
-    grid = itertools.product(MATCH, LONGER if name == "induction2" else (0.0,))
-    return min(grid, key=lambda scores: losses(*scores).mean().item())
+    """The (match, longer) with the least mean of losses(match, longer), one looked for after the
+    other.
+    """
+    scores = {"match": 0.0, "longer": 0.0}
+    grids = [("match", MATCH)]
+    if name == "induction2":
+        grids += [("longer", LONGER), ("match", MATCH)]
+    for which, grid in grids:
+        means = {value: losses(**scores | {which: value}).mean().item() for value in grid}
+        scores[which] = min(means, key=means.get)
+    return scores
 
 
 def substitute(model, name, heads, measured, others, means, cores, ranks):
@@ -110,17 +118,18 @@ def substitute(model, name, heads, measured, others, means, cores, ranks):
     def losses(examples, hook_for=lambda inputs: None):
         return example_losses(model, examples, hook_for, cores, ranks)
 
-    def idealised(examples, *scores):
+    def idealised(examples, **scores):
         def hook_for(inputs):
-            return substitution(heads, idealised_pattern(name, inputs, *scores))
+            return substitution(heads, idealised_pattern(name, inputs, **scores))
 
         return losses(examples, hook_for)
 
     row = {"heads": [evaluate.label(head) for head in heads]}
     substituted = {"free": idealised(measured)}
     if name != "previous":
-        row["match"], row["longer"] = scores = fit(name, lambda *scores: idealised(others, *scores))
-        substituted["fitted"] = idealised(measured, *scores)
+        scores = fit(name, lambda **scores: idealised(others, **scores))
+        substituted["fitted"] = idealised(measured, **scores)
+        row |= scores
     clean = losses(measured)
     ablated = {
         by: losses(measured, lambda inputs, means=means: ablation(heads, means))
@@ -134,18 +143,18 @@ def substitute(model, name, heads, measured, others, means, cores, ranks):
 
 
 def print_rows(rows):
-    print(f"{'':>12}{'loss':^50}{'recovered':^50}")
-    print(
-        f"{'heads':>12}{'clean':>10}{'zero':>10}{'mean':>10}{'free':>10}{'fitted':>10}"
-        f"{'zero, free':>16}{'zero, fitted':>16}{'mean, free':>16}{'mean, fitted':>16}"
-    )
+    """Blank: this pattern has nothing to fit. N/A: the ablation costs too little to divide by."""
+    losses, hows = ("clean", "zero", "mean", "free", "fitted"), ("free", "fitted")
+    shares = [f"{by}_{how}" for by in ("zero", "mean") for how in hows]
+    print(f"{'':>12}{'loss':^50}{'recovered':^64}")
+    print(f"{'heads':>12}" + "".join(f"{name:>10}" for name in losses), end="")
+    print("".join(f"{name.replace('_', ', '):>16}" for name in shares))
+
+    def shown(share):
+        return "N/A" if share is None else f"{share[0]:.0%} +- {share[1]:.0%}"
+
     for row in rows:
-        losses = [row.get(f"loss_{what}") for what in ("clean", "zero", "mean", "free", "fitted")]
-        shares = [
-            row.get(f"recovered_{by}_{how}")
-            for by in ("zero", "mean")
-            for how in ("free", "fitted")
-        ]
-        print(f"{' '.join(row['heads']):>12}", end="")
-        print("".join(f"{'' if loss is None else f'{loss:.3f}':>10}" for loss in losses), end="")
-        print("".join(f"{'N/A' if s is None else f'{s[0]:.0%} +- {s[1]:.0%}':>16}" for s in shares))
+        values = [f"{row[f'loss_{n}']:.3f}" if f"loss_{n}" in row else "" for n in losses]
+        texts = [shown(row[f"recovered_{n}"]) if f"recovered_{n}" in row else "" for n in shares]
+        print(f"{' '.join(row['heads']):>12}" + "".join(f"{text:>10}" for text in values), end="")
+        print("".join(f"{text:>16}" for text in texts))

@@ -70,6 +70,14 @@ def test_recovered_by_hand():
     assert recovered(clean, clean + 0.005, clean) is None  # too cheap to divide by
 
 
+def test_fitting_finds_the_best_of_the_grid():
+    def losses(match, longer):
+        return torch.tensor([abs(match - 2) + (longer - 3) ** 2, 1.0])
+
+    assert substitute.fit("induction2", losses) == {"match": 2.0, "longer": 3.0}
+    assert substitute.fit("induction", losses) == {"match": 2.0, "longer": 0.0}
+
+
 @pytest.fixture(scope="module")
 def repeated():
     """30 rows of 24 random tokens and their repeats, for the circuit of 30 tokens."""
