@@ -104,8 +104,11 @@ def check_flags(args):
     suffix = ".json" if args.substitute else ".npz"
     if args.out and args.out.suffix != suffix:
         raise BadInput(f"--out {args.out}: the name has to end in {suffix}")
-    if args.out and not is_run and args.out.exists():
-        raise BadInput(f"{args.out} exists: name another file")
+    if args.out and not args.out.parent.is_dir():
+        raise BadInput(f"--out {args.out}: there is no folder {args.out.parent}")
+    for file in (args.out, args.out.with_suffix(".json")) if args.out and not is_run else ():
+        if file.exists():
+            raise BadInput(f"{file} exists: give --out another name")
 
 
 class Progress:
@@ -213,15 +216,16 @@ def take_up(setup, out):
     """What an interrupted sweep with the same settings has finished. Refuses records made with
     others.
     """
-    records, about, settings = [], out.with_suffix(".json"), setup.settings()
-    if out.exists():
-        before = read_json(about)["settings"] if about.exists() else None
+    about, settings = out.with_suffix(".json"), setup.settings()
+    if out.exists() or about.exists():
+        before = read_json(about).get("settings") if about.exists() else None
         if before != settings:
+            how = difference(before, settings) if before else "they are not told beside it"
             raise BadInput(
-                f"{out} was made with other settings ({difference(before, settings)}): repeat the"
-                " flags that made it, or write elsewhere with --out FILE.npz"
+                f"{out} was made with other settings ({how}): repeat the flags that made it, or"
+                " write elsewhere with --out FILE.npz"
             )
-        records = read_records(out)
+    records = read_records(out) if out.exists() else []
     setup.ranks.wait()  # until all have looked: what the first writes is not what they look for
     if setup.ranks.is_first:
         write_about(setup, out)

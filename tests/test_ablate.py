@@ -345,6 +345,11 @@ def test_bad_input_is_one_line(snapshot, run, command, tmp_path, capsys):
     (tmp_path / "there.npz").write_text("mine")
     assert "exists" in says(snapshot, "--out", "there.npz")
     assert (tmp_path / "there.npz").read_text() == "mine"
+    assert "no folder" in says(snapshot, "--out", "nowhere/records.npz")
+    (tmp_path / "mine.json").write_text('{"settings": null}')
+    assert "exists" in says(snapshot, "--out", "mine.npz")
+    assert "other settings" in says(run, "--heads", "1:0", "--out", "mine.npz")
+    assert (tmp_path / "mine.json").read_text() == '{"settings": null}'
     (run / "measurements.npz").unlink()
     assert "python evaluate.py" in says(run)
     snapshot.write_bytes(snapshot.read_bytes()[:-1000])
