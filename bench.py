@@ -336,26 +336,32 @@ def bench_ablate(seconds):
 
 
 def ablation_calls(model, rows, at, heads):
-    """{name: function(head)}: the sweep does all heads whichever is asked for."""
+    """{name: function(head) -> losses}, ours with examples spread over the cores as in our scripts.
+    The sweep does all heads, whichever is asked for: [example, head, scored].
+    """
     cores = Cores(CPU)
 
-    @torch.no_grad()
-    def of_rows(*rows):
-        return sweep(model, *rows, [[head] for head in heads])
+    def spread(function):
+        def call(head):
+            torch.set_num_threads(1)
+            of_rows = torch.no_grad()(lambda *rows: function(head, *rows))
+            losses = torch.cat(cores(of_rows, *rows, at))
+            torch.set_num_threads(AVAILABLE_CORES)
+            return losses
 
-    def every_head(head):
-        torch.set_num_threads(1)
-        losses = torch.cat(cores(of_rows, *rows, at), dim=1)
-        torch.set_num_threads(AVAILABLE_CORES)
-        return losses
+        return call
 
-    def two_passes(head):
-        return model.losses(*rows, preserving_patterns(model, rows[0], ablation([head])))
+    def every_head(_, inputs, targets, at):
+        return sweep(model, inputs, targets, at, [[head] for head in heads]).transpose(0, 1)
+
+    def two_passes(head, inputs, targets, _):
+        hook = preserving_patterns(model, inputs, ablation([head]))
+        return model.losses(inputs, targets, hook)
 
     calls = {
-        "sweep": every_head,
-        "forward pass": lambda head: model.losses(*rows),
-        "two passes with hooks": two_passes,
+        "sweep": spread(every_head),
+        "forward pass": spread(lambda _, inputs, targets, at: model.losses(inputs, targets)),
+        "two passes with hooks": spread(two_passes),
     }
     twin = transformer_lens_twin(model)
     if twin:
@@ -366,9 +372,9 @@ def ablation_calls(model, rows, at, heads):
 
 
 def check_ablations(calls, at, heads):
-    every = calls["sweep"](None)
+    one = calls["sweep"](None)[:, 1]
     for name in calls.keys() - {"sweep", "forward pass"}:
-        difference = (calls[name](heads[1]).gather(1, at) - every[1]).abs().max()
+        difference = (calls[name](heads[1]).gather(1, at) - one).abs().max()
         if difference > 1e-4:
             raise BadInput(f"{name} and the sweep differ by {difference:.1e}; nothing was timed")
 
