@@ -2,12 +2,13 @@
 times, in one run.
 
     python bench.py train        a training step, against nanoGPT's recipe at the same shape
+    python bench.py ablate       every head ablated, against two passes with hooks and others'
     python bench.py attention    causal, smeared, local: against SDPA and FlexAttention
     python bench.py frozen       a recorded pattern on many values, against SDPA and bmm
     python bench.py statistics   prefix matching and previous token, against the whole pattern
     python bench.py loss         losses from the residual stream, against PyTorch's and Liger's
 
-All but the first run on the GPU if there is one (bench_kernels.py). Every row is printed and
+All but the first two run on the GPU if there is one (bench_kernels.py). Every row is printed and
 appended to results/bench.jsonl with all that it takes to repeat it.
 """
 
@@ -26,10 +27,11 @@ from torch import nn
 import bench_kernels
 import evaluate
 import train
-from model import Transformer, config_for
+from model import ModelConfig, Transformer, config_for
 from parallel import AVAILABLE_CORES, Cores, Ranks
 from progress import describe_machine
 from safety import ArgumentParser, BadInput, one_line_errors
+from sweep import ablation, preserving_patterns, sweep
 
 CPU = torch.device("cpu")
 
@@ -221,10 +223,193 @@ def check_gradient(config, recipe, corpus, cores):
         raise BadInput(f"the fast gradient is off by {difference:.1e}; nothing was timed")
 
 
+# --- every head ablated
+
+
+def ablation_flops(config, scored):
+    """Operations for one example, matrix products only, attention counted causal: (a forward pass,
+    the mean pattern-preserving ablation of one head in the sweep, its share of the clean run
+    included).
+    """
+    n_ctx, n_layers, n_heads = config.n_ctx, config.n_layers, config.n_heads
+    d_model, width = config.d_model, config.n_heads * config.d_head
+    projection, mixing = 2 * d_model * width, width * (n_ctx + 1)  # for each position
+    mlp, unembedding = 4 * d_model * config.d_mlp, 2 * d_model * config.d_vocab
+    forward = n_ctx * (n_layers * (4 * projection + 2 * mixing + mlp) + unembedding)
+    last = scored * (2 * n_ctx * n_heads * d_model + 2 * projection + mlp)
+    clean = n_ctx * ((n_layers - 1) * (4 * projection + 2 * mixing + mlp) + projection) + last
+    ablations = scored * (2 * d_model * config.d_head + mlp)  # of the last layer
+    for layer in range(n_layers - 1):
+        between = n_layers - 2 - layer
+        ablations += n_ctx * (2 * d_model * config.d_head + mlp)
+        ablations += between * n_ctx * (2 * projection + mixing + mlp) + last
+    mean = ablations / n_layers + clean / (n_layers * n_heads) + scored * unembedding
+    return forward, mean
+
+
+def transformer_lens_twin(model):
+    """The same weights in TransformerLens, or None if it is not installed."""
+    try:
+        from transformer_lens import HookedTransformer, HookedTransformerConfig
+    except ImportError:
+        return None
+    config = model.config
+    shape = {name: getattr(config, name) for name in ("n_layers", "d_model", "n_heads", "d_head")}
+    twin = HookedTransformer(
+        HookedTransformerConfig(
+            **shape,
+            n_ctx=config.n_ctx,
+            d_vocab=config.d_vocab,
+            d_mlp=config.d_mlp or None,
+            attn_only=not config.d_mlp,
+            act_fn="gelu",
+            normalization_type="LN",
+            positional_embedding_type="shortformer",
+            device="cpu",
+        )
+    )
+    with torch.no_grad():  # the biases that our model does not have start at 0
+        weights = dict(twin.named_parameters())
+        for name, weight in model.named_parameters():
+            weights[name].copy_(weight)
+        weights["pos_embed.W_pos"].copy_(model.positions)
+    return twin
+
+
+def transformer_lens_ablation(twin, inputs):
+    """A function of (layer, head): losses [example, pos - 1] by run_with_hooks, with the patterns
+    of a clean run that is cached once for all heads.
+    """
+
+    def is_pattern(name):
+        return name.endswith("hook_pattern")
+
+    patterns = twin.run_with_cache(inputs, names_filter=is_pattern)[1]
+
+    def without(head):
+        layer, head = head
+
+        def zero(z, hook):
+            z[:, :, head] = 0  # [example, pos, head, d_head]
+            return z
+
+        return twin.run_with_hooks(
+            inputs,
+            return_type="loss",
+            loss_per_token=True,
+            fwd_hooks=[
+                (is_pattern, lambda _, hook: patterns[hook.name]),
+                (f"blocks.{layer}.attn.hook_z", zero),
+            ],
+        )
+
+    return without
+
+
+@torch.no_grad()
+def bench_ablate(seconds):
+    """Rows for ablating every head at the paper's width, in turns: seconds for one head and one
+    example.
+    """
+    for n_layers, n_examples in (2, 4), (6, 2):
+        config = ModelConfig(n_layers, 768, 12, 64, 0, 512, 50_257)
+        model = Transformer(config).init_weights(0)
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(50_257, (n_examples, 513), generator=generator)
+        at = torch.tensor([49, 499, 299]).expand(n_examples, -1)  # the paper's two, and any other
+        rows, heads = (tokens[:, :-1], tokens[:, 1:]), list(np.ndindex(n_layers, 12))
+        calls = ablation_calls(model, rows, at, heads)
+        check_ablations(calls, at, heads)
+        times = {name: [] for name in calls}
+        deadline = time.perf_counter() + seconds / 2
+        while time.perf_counter() < deadline or len(times["sweep"]) < 3:
+            # by hooks it costs the same whichever head it is: another one each turn
+            head = heads[5 * len(times["sweep"]) % len(heads)]
+            for name, call in calls.items():
+                tick = time.perf_counter()
+                call(head)
+                times[name].append((time.perf_counter() - tick) / len(tokens))
+        times["sweep"] = [every / len(heads) for every in times["sweep"]]
+        forward, ablated = ablation_flops(config, at.shape[1])
+        flops = {"sweep": ablated, "forward pass": forward, "two passes with hooks": 2 * forward}
+        base = np.median(times["sweep"])
+        for name, each in times.items():
+            p20, median, p80 = np.percentile(each, [20, 50, 80])
+            predicted = flops.get(name, forward)
+            yield {
+                "what": f"{n_layers} layers, {name}",
+                "milliseconds": round(1e3 * median, 2),
+                "p20": round(1e3 * p20, 2),
+                "p80": round(1e3 * p80, 2),
+                "n": len(each),
+                "times_sweep": round(median / base, 2),
+                "predicted_gflop": round(predicted / 1e9, 3),
+                "predicted_times_sweep": round(predicted / ablated, 1),
+                "gflops": round(predicted / median / 1e9, 1),
+                "shape": dataclasses.asdict(config) | {"examples": len(tokens)},
+            }
+
+
+def ablation_calls(model, rows, at, heads):
+    """{name: function(head) -> losses}, ours with examples spread over the cores as in our scripts.
+    The sweep does all heads, whichever is asked for: [example, head, scored].
+    """
+    cores = Cores(CPU)
+
+    def spread(function):
+        def call(head):
+            torch.set_num_threads(1)
+            of_rows = torch.no_grad()(lambda *rows: function(head, *rows))
+            losses = torch.cat(cores(of_rows, *rows, at))
+            torch.set_num_threads(AVAILABLE_CORES)
+            return losses
+
+        return call
+
+    def every_head(_, inputs, targets, at):
+        return sweep(model, inputs, targets, at, [[head] for head in heads]).transpose(0, 1)
+
+    def two_passes(head, inputs, targets, _):
+        hook = preserving_patterns(model, inputs, ablation([head]))
+        return model.losses(inputs, targets, hook)
+
+    calls = {
+        "sweep": spread(every_head),
+        "forward pass": spread(lambda _, inputs, targets, at: model.losses(inputs, targets)),
+        "two passes with hooks": spread(two_passes),
+    }
+    twin = transformer_lens_twin(model)
+    if twin:
+        calls["TransformerLens"] = transformer_lens_ablation(twin, rows[0])
+    else:
+        print("TransformerLens is not installed: not compared")
+    return calls
+
+
+def check_ablations(calls, at, heads):
+    one = calls["sweep"](None)[:, 1]
+    for name in calls.keys() - {"sweep", "forward pass"}:
+        difference = (calls[name](heads[1]).gather(1, at) - one).abs().max()
+        if difference > 1e-4:
+            raise BadInput(f"{name} and the sweep differ by {difference:.1e}; nothing was timed")
+
+
+def ablate_line(row):
+    return (
+        f"{row['what']:>31}  {row['milliseconds']:>9,.1f} ms"
+        f" ({row['p20']:,.1f} to {row['p80']:,.1f}, n={row['n']}) {row['times_sweep']:>6.1f} times"
+        f" the sweep; predicted {row['predicted_gflop']:>7.2f} GFLOP,"
+        f" {row['predicted_times_sweep']:.0f} times; {row['gflops']:.0f} GFLOP/s"
+    )
+
+
+CPU_BENCHES = {"train": (bench_train, train_line), "ablate": (bench_ablate, ablate_line)}
+
+
 @one_line_errors
 def main(argv=None):
     parser = ArgumentParser(__doc__)
-    parser.add_argument("what", choices=("train", *bench_kernels.COMPARISONS))
+    parser.add_argument("what", choices=(*CPU_BENCHES, *bench_kernels.COMPARISONS))
     parser.add_argument(
         "--seconds", type=float, default=60, help="time for each comparison (default: 60)"
     )
@@ -235,13 +420,14 @@ def main(argv=None):
         help="default: results/bench.jsonl",
     )
     args = parser.parse_args(argv)
-    device = CPU if args.what == "train" else evaluate.pick_device(None)
+    device = CPU if args.what in CPU_BENCHES else evaluate.pick_device(None)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     kernels = evaluate.pick_kernels(None, device)
     machine = describe_machine(device, Cores(CPU), 1, dtype, kernels)
     print(f"{machine['device']}, torch {machine['torch']}, commit {machine['commit']}", flush=True)
-    if args.what == "train":
-        rows, line = bench_train(args.seconds), train_line
+    if args.what in CPU_BENCHES:
+        rows, line = CPU_BENCHES[args.what]
+        rows = rows(args.seconds)
     else:
         rows, line = bench_kernels.rows(args.what, device, dtype, args.seconds), bench_kernels.line
     args.json.parent.mkdir(parents=True, exist_ok=True)

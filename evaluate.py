@@ -261,17 +261,47 @@ def in_context_learning(record, when):
 
 def best_head(scores):
     """{"head": "layer:head", "score"} of the highest score in [layer, head]."""
-    layer, head = np.unravel_index(scores.argmax(), scores.shape)
-    return {"head": f"{layer}:{head}", "score": round(float(scores[layer, head]), 4)}
+    place = np.unravel_index(scores.argmax(), scores.shape)
+    return {"head": label(place), "score": round(float(scores[place]), 4)}
 
 
 def heads_table(record):
     """One row for each head: its name `layer:head`, its three scores and its class."""
     rows = []
-    for layer, head in np.ndindex(record["prefix_matching"].shape):
-        scores = {name: round(float(record[name][layer, head]), 4) for name in HEAD_SCORES}
-        rows.append({"head": f"{layer}:{head}", **scores, "class": metrics.head_class(**scores)})
+    for place in np.ndindex(record["prefix_matching"].shape):
+        scores = {name: round(float(record[name][place]), 4) for name in HEAD_SCORES}
+        rows.append({"head": label(place), **scores, "class": metrics.head_class(**scores)})
     return rows
+
+
+def label(head):
+    return "{}:{}".format(*head)
+
+
+# sets of heads by name: which rows of the table are in them
+CLASSES = {
+    "prefix-matching": lambda row: row["prefix_matching"] >= metrics.INDUCTION_PREFIX_MATCHING,
+    "induction": lambda row: row["class"] == "induction",
+    "previous-token": lambda row: row["class"] == "previous token",
+}
+
+
+def pick_heads(table, wanted):
+    """wanted: the name of a class, or heads by name, 1:3,1:7 -> [(layer, head)], sorted; none if
+    no head is of that class. Raises BadInput for a head that is not in the table.
+    """
+    names = [row["head"] for row in table]
+    if wanted in CLASSES:
+        chosen = [row["head"] for row in table if CLASSES[wanted](row)]
+    else:
+        chosen = wanted.split(",")
+        for name in chosen:
+            if name not in names:
+                raise BadInput(
+                    f"--heads {name}: no such head: they are {names[0]} to {names[-1]}"
+                    f" (layer:head), or one of {', '.join(CLASSES)}"
+                )
+    return sorted(tuple(map(int, name.split(":"))) for name in set(chosen))
 
 
 def print_heads(rows):
@@ -328,16 +358,21 @@ def pick_kernels(name, device):
     return name or ("triton" if device.type == "cuda" else "torch")
 
 
-@one_line_errors
-def main(argv=None):
-    parser = ArgumentParser(__doc__)
-    add = parser.add_argument
-    add("path", type=Path, help="the folder of a run, or one snapshot")
+def add_flags(add):
+    """The flags of everything that is measured on held-out examples."""
     add("--examples", type=int, default=1000, help="of 512 tokens, held out (default: 1000)")
     add("--data", help="corpus to measure on (default: the one trained on, if it is built in)")
     add("--vocabulary", metavar="FILE", help="gpt2 or a .tiktoken file (default: the corpus's)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     add("--kernels", choices=KERNELS, help="default: triton on a GPU, else torch")
+
+
+@one_line_errors
+def main(argv=None):
+    parser = ArgumentParser(__doc__)
+    add = parser.add_argument
+    add("path", type=Path, help="the folder of a run, or one snapshot")
+    add_flags(add)
     add("--out", type=Path, help="file for the records (default: a run's own, a snapshot's none)")
     args = parser.parse_args(argv)
     args.device = pick_device(args.device)
@@ -369,9 +404,7 @@ def evaluate_snapshot(args, ranks):
 
 
 def evaluate_run(args, ranks):
-    paths = sorted((args.path / "snapshots").glob("step_*.pt"))
-    if not paths:
-        raise BadInput(f"{args.path}: no snapshots in this folder")
+    paths = snapshots_of(args.path)
     out = args.out or args.path / "measurements.npz"
     if ranks.is_first and out.exists():
         print(f"{out} will be replaced when all {len(paths)} snapshots are measured", flush=True)
@@ -393,6 +426,13 @@ def evaluate_run(args, ranks):
     print_heads(summary["heads"])
     print(conclusion(summary))
     print(f"-> {out}")
+
+
+def snapshots_of(run):
+    paths = sorted((run / "snapshots").glob("step_*.pt"))
+    if not paths:
+        raise BadInput(f"{run}: no snapshots in this folder")
+    return paths
 
 
 def prepare(args, trained_on, ranks):

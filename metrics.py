@@ -20,7 +20,7 @@ def in_context_learning_score(losses, early=EARLY, late=LATE):
 
     losses [example, pos] -> (score, its standard error over the examples), nats.
     """
-    return _mean_and_error(losses[:, late - 1] - losses[:, early - 1])
+    return mean_and_error(losses[:, late - 1] - losses[:, early - 1])
 
 
 def band_score(losses, early=EARLY_BAND, late=LATE_BAND):
@@ -31,11 +31,32 @@ def band_score(losses, early=EARLY_BAND, late=LATE_BAND):
     (score, error).
     """
     late_loss = losses[:, late[0] - 1 : late[1]].mean(dim=1)
-    return _mean_and_error(late_loss - losses[:, early[0] - 1 : early[1]].mean(dim=1))
+    return mean_and_error(late_loss - losses[:, early[0] - 1 : early[1]].mean(dim=1))
 
 
-def _mean_and_error(values):
+def mean_and_error(values):
+    """values [example] -> (mean, its standard error). Of paired differences, the error of their
+    mean.
+    """
     return values.mean().item(), (values.std() / len(values) ** 0.5).item()
+
+
+def before_and_after_vector(start, end):
+    """What the phase change does to each token: per-token losses [example] at its start and its
+    end -> (the unit vector from one to the other, its length before that) (Argument 3).
+    """
+    change = end - start
+    return change / change.norm(), change.norm().item()
+
+
+def before_and_after_attribution(change, vector):
+    """How far an ablation's change of the per-token losses goes along the before-and-after vector:
+    both [example] -> (dot product, its standard error over the examples).
+
+    Negative: without the head, losses go back to what they were before the phase change.
+    """
+    products = change * vector
+    return products.sum().item(), (products.std() * len(products) ** 0.5).item()
 
 
 def log_position_bins(values, n_bins, first=4):

@@ -130,14 +130,25 @@ SERIES = {
 }
 
 
+EPSILON = 1e-5  # under the root of every LayerNorm's variance
+
+
 class LayerNorm(nn.Module):
     def __init__(self, d_model):
         super().__init__()
         self.w = nn.Parameter(torch.ones(d_model))
         self.b = nn.Parameter(torch.zeros(d_model))
 
-    def forward(self, resid):
-        return F.layer_norm(resid, self.w.shape, self.w, self.b)
+    def forward(self, resid, scale=None):
+        """scale [..., 1]: divide by this instead of by resid's own deviation, which freezes the
+        LayerNorm: it then is linear.
+        """
+        if scale is None:
+            return F.layer_norm(resid, self.w.shape, self.w, self.b, EPSILON)
+        return (resid - resid.mean(-1, keepdim=True)) / scale * self.w + self.b
+
+    def scale(self, resid):
+        return (resid.var(-1, correction=0, keepdim=True) + EPSILON).sqrt()
 
 
 def layer_norm_divisor(resid):
@@ -162,16 +173,15 @@ class Attention(nn.Module):
     def forward(self, x, positions, kernels, touch, at=None):
         placed = x + positions
         if at is None:
-            q, k = _per_head(placed, torch.cat([self.W_Q, self.W_K])).chunk(2, dim=1)
+            q, k = per_head(placed, torch.cat([self.W_Q, self.W_K])).chunk(2, dim=1)
         else:
-            q, k = _per_head(_rows(placed, at), self.W_Q), _per_head(placed, self.W_K)
-        q, k, v = touch("q", q), touch("k", k), touch("v", _per_head(x, self.W_V))
+            q, k = per_head(_rows(placed, at), self.W_Q), per_head(placed, self.W_K)
+        q, k, v = touch("q", q), touch("k", k), touch("v", per_head(x, self.W_V))
         if touch.pattern:  # somebody is looking: it has to exist
             z = touch("pattern", attention_pattern(q, k, self.alpha, self.windows, at)) @ v
         else:
             z = attention(q, k, v, self.alpha, self.windows, kernels, at)
-        z = touch("z", z)
-        return z.transpose(1, 2).flatten(2) @ self.W_O.flatten(0, 1).to(z.dtype)
+        return sum_over_heads(touch("z", z), self.W_O)
 
 
 class MLP(nn.Module):
@@ -200,11 +210,12 @@ class Block(nn.Module):
 
     def forward(self, resid, positions, dtype, kernels, touch, at=None):
         resid = touch("resid_pre", resid)
-        x = self.ln1(resid).to(dtype)
+        x = _normalise(self.ln1, resid, "ln1_scale", touch).to(dtype)
         resid = _rows(resid, at) + self.attn(x, positions, kernels, touch, at)
         resid = touch("resid_mid", resid)
         if self.mlp:
-            resid = resid + touch("mlp_out", self.mlp(self.ln2(resid).to(dtype)))
+            x = _normalise(self.ln2, resid, "ln2_scale", touch)
+            resid = resid + touch("mlp_out", self.mlp(x.to(dtype)))
         return touch("resid_post", resid)
 
 
@@ -212,9 +223,10 @@ class Transformer(nn.Module):
     """`model(tokens)` -> logits; `model.losses(tokens, targets)` -> nats for each token, without
     the logits in memory.
 
-    Both take `hook(name, layer, value)`, called on resid_pre, q, k, v, pattern, z, resid_mid,
-    mlp_out and resid_post of every layer and on resid_final: what it returns replaces the value,
-    None keeps it. Without a hook, or with `pattern=False`, no pattern exists in memory.
+    Both take `hook(name, layer, value)`, called on resid_pre, ln1_scale, q, k, v, pattern, z,
+    resid_mid, ln2_scale, mlp_out and resid_post of every layer and on ln_final_scale and
+    resid_final: what it returns replaces the value, None keeps it. (The scale of a LayerNorm is
+    what it divides by.) Without a hook, or with `pattern=False`, no pattern exists in memory.
 
     Both take `at` [batch, n]: the positions at which the answer is wanted, [batch, n, ...]. The
     last layer then has queries only there, and the unembedding rows.
@@ -263,7 +275,8 @@ class Transformer(nn.Module):
             rows = at if layer == last else None
             resid = block(resid, positions, self.dtype, self.kernels, touch, rows)
         touch = _Touch(hook, len(self.blocks), pattern)
-        return touch("resid_final", self.ln_final(resid).to(self.dtype))
+        resid = _normalise(self.ln_final, resid, "ln_final_scale", touch)
+        return touch("resid_final", resid.to(self.dtype))
 
     def forward(self, tokens, hook=None, pattern=True, at=None):
         """tokens [batch, pos] -> logits [batch, pos, d_vocab]."""
@@ -297,11 +310,20 @@ def count_parameters(model):
     return everything, matrices
 
 
-def _per_head(x, W):
-    """x [batch, pos, d_model] @ W [head, d_model, d_head] -> [batch, head, pos, d_head]."""
+def per_head(x, W):
+    """x [..., pos, d_model] @ W [head, d_model, d_head] -> [..., head, pos, d_head]."""
     n_heads, d_model, d_head = W.shape
     flat = W.transpose(0, 1).reshape(d_model, n_heads * d_head).to(x.dtype)
-    return (x @ flat).view(*x.shape[:2], n_heads, d_head).transpose(1, 2)
+    return (x @ flat).unflatten(-1, (n_heads, d_head)).transpose(-3, -2)
+
+
+def sum_over_heads(z, W_O):
+    """z [..., head, pos, d_head] @ W_O [head, d_head, d_model] -> [..., pos, d_model]."""
+    return z.transpose(-3, -2).flatten(-2) @ W_O.flatten(0, 1).to(z.dtype)
+
+
+def _normalise(ln, resid, name, touch):
+    return ln(resid) if touch.hook is None else ln(resid, touch(name, ln.scale(resid)))
 
 
 def _rows(x, at):

@@ -62,7 +62,7 @@ class RunFolder:
             if before.get(name) != now:
                 raise BadInput(
                     f"{self.folder} was begun with another {name}"
-                    f" ({_difference(before.get(name), now)}); repeat the flags that began it, or"
+                    f" ({difference(before.get(name), now)}); repeat the flags that began it, or"
                     " begin a new run with --out DIR"
                 )
         if not (self.folder / "state.pt").exists():
@@ -128,7 +128,8 @@ class RunFolder:
             write_json(self.folder / "summary.json", summary)
 
 
-def _difference(before, now):
+def difference(before, now):
+    """What has changed between two settings, in words."""
     if not (isinstance(before, dict) and isinstance(now, dict)):
         return f"{before} then, {now} now"
     return ", ".join(

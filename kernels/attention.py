@@ -149,16 +149,28 @@ def attention_and_lse(q, k, v, alpha=None, windows=None, kernels="torch"):
 def frozen_attention(q, k, lse, values, alpha=None, windows=None, kernels="torch"):
     """The pattern of the run that q, k and lse [batch, head, pos] were recorded from, applied to A
     stacked tensors: values [A, batch, head, pos, d_head] -> the same shape. No gradient.
+
+    lse may be None: "triton" then finds it again, and the CPU has no use for it.
     """
     if kernels == "triton":
+        if lse is None:
+            lse = _triton().attention(q, k, values[0], alpha, windows)[1]
         return _triton("frozen").frozen_attention(q, k, lse, values, alpha, windows)
     if kernels == "reference":
-        return frozen_pattern(q, k, lse, alpha, windows).to(values.dtype) @ values
+        pattern = attention_pattern(q, k, alpha, windows)
+        if lse is not None:
+            pattern = frozen_pattern(q, k, lse, alpha, windows)
+        return pattern.to(values.dtype) @ values
+    q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
+    if alpha is not None:
+        k = smear_keys(k, alpha)
+    shape, values = values.shape, values.flatten(1, 2)  # [A, batch * head, pos, d_head]
     z = torch.empty_like(values)
-    for queries, scores in _score_tiles(q, k, alpha, windows):
-        pattern = torch.exp(scores - lse[:, :, queries, None]).to(values.dtype)
-        z[..., queries, :] = pattern @ values[..., : queries.stop, :]
-    return z
+    for start, stop, pattern in _patterns(q.flatten(0, 1), k.flatten(0, 1), windows):
+        pattern = pattern.to(values.dtype)
+        for value, out in zip(values, z, strict=True):
+            _multiply(pattern, value[:, :stop], out=out[:, start:stop])
+    return z.view(shape)
 
 
 def frozen_pattern(q, k, lse, alpha=None, windows=None):

@@ -18,9 +18,11 @@ import torch
 import torch.nn.functional as F
 
 # logits in memory at once: large enough for full-speed matrix products, small enough to stay in a
-# CPU's cache; but with fewer rows a product spends its time reading W_U
+# CPU's cache
 CHUNK_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
-LEAST_ROWS = 64
+# but not with fewer rows than this: reading W_U, as every chunk does, would take longer than the
+# product
+LEAST_ROWS = 128
 IGNORED = -100  # as in F.cross_entropy
 
 

@@ -12,6 +12,7 @@ from kernels.attention import (
     attention,
     attention_pattern,
     attention_reference,
+    frozen_attention,
     previous_token_attention,
     smear_keys,
     visible,
@@ -143,6 +144,20 @@ def test_attention_to_the_previous_token_is_what_the_pattern_says(n_ctx, windows
     assert torch.allclose(actual, by_hand, atol=1e-6)
     assert torch.allclose(actual, previous_token_score(pattern), atol=1e-6)
     assert (actual[0] == 0) == (windows is not None)  # a window of 1 holds the query alone
+
+
+@pytest.mark.parametrize("windows", [None, (1, 5, 1000)], ids=["full", "local"])
+@pytest.mark.parametrize("alpha", [None, torch.tensor([-2.0, 0.3, 2.0])], ids=["plain", "smeared"])
+@pytest.mark.parametrize("n_ctx", [1, 128, 300])
+@torch.no_grad()
+def test_a_frozen_pattern_mixes_every_value_of_a_stack(n_ctx, windows, alpha):
+    q, k, _ = inputs(n_ctx)
+    values = torch.stack([inputs(n_ctx, seed=seed)[2] for seed in (1, 2, 3, 4)])
+    z = frozen_attention(q, k, None, values, alpha, windows)
+    expected = frozen_attention(q, k, None, values, alpha, windows, "reference")
+    assert torch.allclose(z, expected, atol=1e-5)
+    for value, one in zip(values, expected, strict=True):
+        assert torch.allclose(attention_reference(q, k, value, alpha, windows), one, atol=1e-5)
 
 
 def test_smearing_by_hand():

@@ -59,11 +59,11 @@ def test_the_hooked_path_computes_what_the_fused_path_does(config):
     seen = []
     hooked = model(tokens(), hook=lambda name, layer, value: seen.append((layer, name)))
     assert torch.allclose(hooked, model(tokens()), atol=1e-4)
-    names = ["resid_pre", "q", "k", "v", "pattern", "z", "resid_mid", "resid_post"]
+    names = ["resid_pre", "ln1_scale", "q", "k", "v", "pattern", "z", "resid_mid", "resid_post"]
     if config.d_mlp:
-        names.insert(7, "mlp_out")
+        names[8:8] = ["ln2_scale", "mlp_out"]
     expected = [(layer, name) for layer in range(3) for name in names]
-    assert seen == [*expected, (3, "resid_final")]
+    assert seen == [*expected, (3, "ln_final_scale"), (3, "resid_final")]
 
 
 @each_variant

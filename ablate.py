@@ -1,0 +1,349 @@
+"""What every attention head causes: in-context learning and loss without it (Argument 3).
+
+    python ablate.py runs/NAME/snapshots/X.pt    every head of one snapshot
+    python ablate.py runs/NAME                   through training, with the before-and-after vector
+    python ablate.py X.pt --substitute induction a head's pattern idealised (substitute.py)
+
+Each head is ablated by itself, and some together: unless --heads names others, the heads that match
+prefixes and, for comparison, all others. What is reported is the change that the ablation makes,
+ablated minus clean, on the same examples, so that errors are those of paired differences:
+
+    ICL attribution      of the in-context learning score; positive: the head contributes to it
+    band attribution     the same between bands of positions, with less noise (metrics.band_score)
+    loss change          of the mean loss
+    before-and-after     of the per-token losses, along the vector from the start to the end of the
+                         phase change; negative: without the head the change is undone
+
+How it is computed: sweep.py. A run's records are written after every snapshot, and the same command
+goes on where an interrupted one was.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+import evaluate
+import metrics
+import substitute
+from attribution import QUANTITIES, Ablations
+from data import evaluation_rows
+from parallel import Ranks
+from progress import PROGRESS_SECONDS
+from records import difference, read_json, read_records, write_json, write_records
+from safety import ArgumentParser, BadInput, one_line_errors
+
+SNAPSHOTS = 25  # of a run that are ablated, unless told otherwise
+
+
+@one_line_errors
+def main(argv=None):
+    parser = ArgumentParser(__doc__)
+    add = parser.add_argument
+    add("path", type=Path, help="the folder of a run, or one snapshot")
+    evaluate.add_flags(add)
+    add(
+        "--heads",
+        metavar="SET",
+        help=f"ablated together: 1:3,1:7 or {', '.join(evaluate.CLASSES)} (default: the first)",
+    )
+    add("--mean", action="store_true", help="replace results by their mean (default: by zero)")
+    add("--full", action="store_true", help="let patterns change (default: preserved; much slower)")
+    add(
+        "--freeze-layernorm",
+        action="store_true",
+        help="keep what LayerNorms divide by: attention-only models become linear in their heads",
+    )
+    add(
+        "--no-bands", action="store_true", help="score positions 50, 500 and one more alone: faster"
+    )
+    add(
+        "--snapshots",
+        type=int,
+        help=f"of a run, evenly spaced; those of the phase change are added (default: {SNAPSHOTS})",
+    )
+    add(
+        "--substitute",
+        choices=substitute.PATTERNS,
+        help="idealise the patterns of the heads, or of those of their class, instead of ablating",
+    )
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE.npz",
+        help="records, and what made them in FILE.json (default: ablations.npz of a run, none of a"
+        " snapshot); with --substitute FILE.json alone",
+    )
+    args = parser.parse_args(argv)
+    check_flags(args)
+    args.device = evaluate.pick_device(args.device)
+    args.kernels = evaluate.pick_kernels(args.kernels, args.device)
+    ranks = Ranks(args.device)
+    try:
+        if args.substitute:
+            return substitute_in_snapshot(args, ranks)
+        return ablate_run(args, ranks) if args.path.is_dir() else ablate_snapshot(args, ranks)
+    finally:
+        ranks.close()
+
+
+def check_flags(args):
+    """Refuses flags that contradict each other, and an --out that would be overwritten."""
+    is_run = args.path.is_dir()
+    if args.full and (args.freeze_layernorm or args.no_bands):
+        raise BadInput("--full recomputes everything: leave out --freeze-layernorm and --no-bands")
+    if args.substitute and (args.mean or args.full or args.freeze_layernorm or args.no_bands):
+        raise BadInput(
+            "--substitute compares with ablation by zero and by mean, everything recomputed: leave"
+            " out --mean, --full, --freeze-layernorm and --no-bands"
+        )
+    if args.substitute and is_run:
+        raise BadInput(f"--substitute takes one snapshot, and {args.path} is a folder")
+    if args.snapshots is not None and (not is_run or args.snapshots < 2):
+        raise BadInput("--snapshots needs the folder of a run, and at least 2 of its snapshots")
+    suffix = ".json" if args.substitute else ".npz"
+    if args.out and args.out.suffix != suffix:
+        raise BadInput(f"--out {args.out}: the name has to end in {suffix}")
+    if args.out and not args.out.parent.is_dir():
+        raise BadInput(f"--out {args.out}: there is no folder {args.out.parent}")
+    for file in (args.out, args.out.with_suffix(".json")) if args.out and not is_run else ():
+        if file.exists():
+            raise BadInput(f"{file} exists: give --out another name")
+
+
+class Progress:
+    """A line every fifteen seconds."""
+
+    def __init__(self, says, what):
+        self.says, self.what = says, what
+        self.started = self.shown = time.time()
+
+    def __call__(self, done, total):
+        now = time.time()
+        if self.says and now - self.shown > PROGRESS_SECONDS:
+            minutes, seconds = divmod(round((now - self.started) / done * (total - done)), 60)
+            print(f"{done:,.1f} of {total:,} {self.what}  {minutes}:{seconds:02d} left", flush=True)
+            self.shown = now
+
+
+def ablate_snapshot(args, ranks):
+    setup = Ablations(args, ranks, args.path)
+    model, about = setup.load(args.path)
+    record = setup.record(model, Progress(ranks.is_first, "examples"))
+    if not ranks.is_first:
+        return
+    record = {"step": about["step"], "tokens": about["tokens"], **record}
+    report(setup, [record], args.path)
+    if args.out:
+        write_records(args.out, [record])
+        write_about(setup, args.out, answer=answer(setup, [record]))
+        print(f"-> {args.out}, {args.out.with_suffix('.json')}")
+
+
+def ablate_run(args, ranks):
+    paths = {int(path.stem.split("_")[1]): path for path in evaluate.snapshots_of(args.path)}
+    measurements = args.path / "measurements.npz"
+    if not measurements.exists():
+        raise BadInput(f"{args.path}: not measured yet: run python evaluate.py {args.path} first")
+    measured = [record for record in read_records(measurements) if int(record["step"]) in paths]
+    window = evaluate.find_phase_change(measured)
+    setup = Ablations(args, ranks, paths[max(paths)])
+    if window:
+        setup.find_vector(*(paths[int(measured[n]["step"])] for n in window))
+    wanted = choose(sorted(paths), args.snapshots or SNAPSHOTS, setup.window)
+    out = args.out or args.path / "ablations.npz"
+    records = take_up(setup, out)
+    done = {int(record["step"]) for record in records}
+    left = [step for step in wanted if step not in done]
+    progress = Progress(ranks.is_first, "snapshots")
+    for n, step in enumerate(left):
+        model, about = setup.load(paths[step])
+        record = setup.record(model, lambda part, whole, n=n: progress(n + part / whole, len(left)))
+        records.append({"step": step, "tokens": about["tokens"], **record})
+        records.sort(key=lambda record: record["step"])
+        if ranks.is_first:
+            write_records(out, records)
+    if ranks.is_first:
+        report(setup, records, args.path)
+        write_about(setup, out, answer=answer(setup, records))
+        print(f"-> {out}, {out.with_suffix('.json')}")
+
+
+def substitute_in_snapshot(args, ranks):
+    setup = Ablations(args, ranks, args.path)
+    model, about = setup.load(args.path)
+    wanted = args.heads or substitute.CLASS[args.substitute]
+    heads = evaluate.pick_heads(setup.table, wanted)
+    if not heads:
+        raise BadInput(f"this model has no {wanted} head: name heads with --heads")
+    n = args.examples
+    rows = evaluation_rows(setup.corpus, evaluate.N_CTX, n + substitute.FIT_EXAMPLES)
+    measured, others = (
+        [x[some].to(args.device) for x in rows] for some in (slice(n), slice(n, None))
+    )
+    means = setup.means(model, ranks.share(measured[0]))
+    sets = [[head] for head in heads] + [heads] * (len(heads) > 1)
+    progress = Progress(ranks.is_first, "sets of heads")
+    table = []
+    for some in sets:
+        table.append(
+            substitute.substitute(
+                model, args.substitute, some, measured, others, means, setup.cores, ranks
+            )
+        )
+        progress(len(table), len(sets))
+    if not ranks.is_first:
+        return
+    print(f"{args.path}: after {about['step']:,} steps, {about['tokens'] / 1e6:.2f}M tokens")
+    print(
+        f"pattern replaced by {args.substitute}, everything after it recomputed; mean loss in nats"
+        f" over all positions of {n:,} examples; fitted on {substitute.FIT_EXAMPLES} others"
+    )
+    substitute.print_rows(table)
+    if args.out:
+        content = {"pattern": args.substitute, "examples": n, "corpus": setup.corpus.sha256}
+        write_json(args.out, content | {"machine": setup.machine(), "rows": table})
+        print(f"-> {args.out}")
+
+
+def choose(steps, n_wanted, window):
+    """n_wanted of the steps, evenly spaced from first to last, and those of the window."""
+    places = np.linspace(0, len(steps) - 1, min(n_wanted, len(steps))).round().astype(int)
+    return sorted({steps[place] for place in places} | set(window))
+
+
+def take_up(setup, out):
+    """What an interrupted sweep with the same settings has finished. Refuses records made with
+    others.
+    """
+    about, settings = out.with_suffix(".json"), setup.settings()
+    if out.exists() or about.exists():
+        before = read_json(about).get("settings") if about.exists() else None
+        if before != settings:
+            how = difference(before, settings) if before else "they are not told beside it"
+            raise BadInput(
+                f"{out} was made with other settings ({how}): repeat the flags that made it, or"
+                " write elsewhere with --out FILE.npz"
+            )
+    records = read_records(out) if out.exists() else []
+    setup.ranks.wait()  # until all have looked: what the first writes is not what they look for
+    if setup.ranks.is_first:
+        write_about(setup, out)
+    return records
+
+
+def write_about(setup, out, **more):
+    content = {"settings": setup.settings(), "machine": setup.machine(), "heads": setup.table}
+    write_json(out.with_suffix(".json"), content | more)
+
+
+# what is printed
+
+
+def report(setup, records, path):
+    """The last snapshot's table, the way through training if there are more, and the answer."""
+    last, settings = records[-1], setup.settings()
+    print(
+        f"{path}: after {last['step']:,} steps, {last['tokens'] / 1e6:.2f}M tokens\n"
+        f"patterns {settings['patterns']}, results replaced by {settings['replacement']},"
+        f" LayerNorm {settings['layernorm']}; {last['examples']:,} examples; nats, +- standard"
+        " error of the paired difference\n"
+        f"clean   loss {last['loss']:.3f}, in-context learning score {pair(last, 'icl_score')}"
+        f" (token {metrics.LATE} minus token {metrics.EARLY})"
+    )
+    if "icl_band_score" in last:
+        late, early = ("{}-{}".format(*b) for b in (metrics.LATE_BAND, metrics.EARLY_BAND))
+        print(f"        between bands {pair(last, 'icl_band_score')} ({late} minus {early})")
+    if "before_and_after" not in last:
+        reason = "no phase change" if path.is_dir() else "a run is needed, and its phase change"
+        print(f"before-and-after attribution: N/A ({reason})")
+    print_table(last, setup.table, setup.sets)
+    if len(records) > 1 and setup.sets:
+        print_training(records, setup.sets)
+    print(answer(setup, records))
+
+
+def print_table(record, table, sets):
+    shown = [name for name in QUANTITIES if name in record]
+    titles = "".join(f"{name.replace('_', ' '):>20}" for name in shown)
+    print(f"{'head':>6}  {'class':<14}  {'prefix matching':>15}{titles}")
+
+    def values(place, prefix=""):
+        return "".join(f"{pair(record, prefix + name, place):>20}" for name in shown)
+
+    rows = zip(np.ndindex(record["icl_attribution"].shape), table, strict=True)
+    for place, row in sorted(rows, key=lambda item: -record["icl_attribution"][item[0]]):
+        print(
+            f"{row['head']:>6}  {row['class']:<14}  {row['prefix_matching']:>15.3f}{values(place)}"
+        )
+    for what, title in ("sum_", "sum over"), ("together_", "together,"):
+        for n, name in enumerate(sets):
+            print(f"{f'{title} {name}':<39}{values(n, what)}")
+
+
+def print_training(records, sets):
+    names = [name for name in QUANTITIES if name in records[0] and name != "loss_change"]
+    width = 18 * len(names)
+    print("\nthrough training, summed over the heads of a set:")
+    print(" " * 20 + "".join(f"{some:>{width}}" for some in sets))
+    titles = "".join(f"{name.replace('_', ' '):>18}" for name in names)
+    print(f"{'tokens':>8}  {'ICL score':>10}{titles * len(sets)}")
+    for record in records:
+        sums = [record[f"sum_{name}"][n] for n in range(len(sets)) for name in names]
+        print(f"{record['tokens'] / 1e6:>7.2f}M  {record['icl_score']:>+10.3f}", end="")
+        print("".join(f"{value:>+18.3f}" for value in sums))
+    print()
+
+
+def pair(record, name, place=()):
+    return f"{record[name][place]:+.3f} +- {record[f'{name}_error'][place]:.3f}"
+
+
+def answer(setup, records):
+    """What the records say, in a sentence or two: how much of in-context learning the first set of
+    heads carries, from the start of the phase change on, and what is left without it.
+    """
+    last = records[-1]
+    if not setup.sets:
+        place = np.unravel_index(last["icl_attribution"].argmax(), last["icl_attribution"].shape)
+        return (
+            f"no head matches prefixes (score {metrics.INDUCTION_PREFIX_MATCHING} or more); the"
+            f" largest ICL attribution is that of {evaluate.label(place)},"
+            f" {pair(last, 'icl_attribution', place)}"
+        )
+    (name, heads), *_ = setup.sets.items()
+    since = [r for r in records if r["step"] >= min(setup.window, default=last["step"])]
+    shares = [f"{share(since, 'icl_attribution', heads)} of the positive ICL attribution"]
+    if "band_attribution" in last:
+        shares.append(f"{share(since, 'band_attribution', heads)} between bands")
+    left = [
+        f"{last['icl_score'] + last['together_icl_attribution'][n]:+.3f}"
+        f" ({pair(last, 'together_icl_attribution', n)}) without {some}"
+        for n, some in enumerate(setup.sets)
+    ]
+    sentences = [
+        f"{name} {'carry' if len(heads) > 1 else 'carries'} {', '.join(shares)}"
+        + (f", at {len(since)} snapshots from the phase change on" if len(since) > 1 else ""),
+        f"the {'final ' if len(since) > 1 else ''}in-context learning score of"
+        f" {last['icl_score']:+.3f} becomes {', and '.join(left)} (n = {last['examples']:,})",
+    ]
+    if setup.window:
+        after = next(record for record in records if record["step"] == setup.window[1])
+        dot = after["together_before_and_after"][0]
+        sentences.append(
+            f"at the end of the phase change, ablating {name} moves the per-token losses"
+            f" {pair(after, 'together_before_and_after', 0)} along the before-and-after vector,"
+            f" {'back' if dot < 0 else 'on'} by {abs(dot) / setup.way:.0%} of its length"
+        )
+    return "; ".join(sentences)
+
+
+def share(records, name, heads):
+    positive = sum(record[name].clip(min=0) for record in records)
+    carried = sum(positive[head] for head in heads)
+    return f"{carried / positive.sum():.0%}" if positive.any() else "none"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

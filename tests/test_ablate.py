@@ -1,0 +1,378 @@
+"""From a snapshot or a run to what each head causes, by plainer ways; and the command line."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ablate
+import evaluate
+import metrics
+from attribution import Ablations
+from model import ModelConfig, Transformer
+from records import read_records, write_records
+from snapshots import save_snapshot
+from sweep import ablation, preserving_patterns
+from tests.circuits_by_hand import N_TOKENS, induction_circuit
+from vocabulary import PYTHON_1024
+
+CPU = torch.device("cpu")
+CONFIG = ModelConfig(
+    n_layers=2, d_model=32, n_heads=2, d_head=16, d_mlp=64, n_ctx=512, d_vocab=1024, smear=True
+)
+HEADS = [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def make(seed, config=CONFIG):
+    """Untrained, but loud enough that heads differ."""
+    model = Transformer(config).init_weights(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 8 if parameter.dim() > 1 else 1
+    return model
+
+
+def save(path, model, corpus, text_file, step=5):
+    origin = {"data": str(text_file), "name": corpus.name, "sha256": corpus.sha256}
+    save_snapshot(path, model, step, 100 * step, origin)
+    return path
+
+
+@pytest.fixture
+def snapshot(corpus, text_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return save(tmp_path / "snapshot.pt", make(0), corpus, text_file)
+
+
+@pytest.fixture
+def command(text_file):
+    def arguments(path, *more):
+        data = ["--data", str(text_file), "--vocabulary", PYTHON_1024]
+        return [str(path), "--examples", "6", "--device", "cpu", *data, *more]
+
+    return arguments
+
+
+def record_of(path, command, *flags):
+    assert ablate.main(command(path, "--heads", "0:1,1:1", "--out", "out.npz", *flags)) == 0
+    return read_records(Path("out.npz"))[0]
+
+
+# a snapshot
+
+
+def losses_with(model, examples, heads):
+    hook = preserving_patterns(model, examples.inputs, ablation(heads))
+    with torch.no_grad():
+        return model.losses(examples.inputs, examples.targets, hook).double().numpy()
+
+
+def test_a_record_is_what_two_passes_and_the_definitions_say(snapshot, command, corpus):
+    record = record_of(snapshot, command)
+    model, examples = make(0), evaluate.draw_examples(corpus, 6)
+    clean = losses_with(model, examples, [])
+    changes = {head: losses_with(model, examples, [head]) - clean for head in HEADS}
+    expected = {
+        "icl_attribution": lambda x: x[:, 499] - x[:, 49],
+        "band_attribution": lambda x: x[:, 399:511].mean(1) - x[:, 29:70].mean(1),
+        "loss_change": lambda x: np.array([x[n, i] for n, i in enumerate(examples.scored[:, -1])]),
+    }
+    together = losses_with(model, examples, [(0, 1), (1, 1)]) - clean
+    summed = changes[0, 1] + changes[1, 1]
+    for name, of in expected.items():
+        for head, change in changes.items():
+            assert record[name][head] == pytest.approx(of(change).mean(), abs=1e-4)
+            error = of(change).std(ddof=1) / 6**0.5  # paired: of the differences
+            assert record[f"{name}_error"][head] == pytest.approx(error, abs=1e-4)
+        for what, change in ("sum", summed), ("together", together):
+            assert record[f"{what}_{name}"][0] == pytest.approx(of(change).mean(), abs=1e-4)
+            error = of(change).std(ddof=1) / 6**0.5
+            assert record[f"{what}_{name}_error"][0] == pytest.approx(error, abs=1e-4)
+    assert record["icl_score"] == pytest.approx((clean[:, 499] - clean[:, 49]).mean(), abs=1e-4)
+    assert "before_and_after" not in record  # that takes a run
+
+
+def test_the_table_shows_the_record_in_the_order_of_effect(snapshot, command, capsys):
+    record = record_of(snapshot, command)
+    out = capsys.readouterr().out
+    rows = re.findall(r"^ +(\d):(\d) .*?([+-]\d\.\d{3}) \+- (\d\.\d{3})", out, re.MULTILINE)
+    assert sorted((int(layer), int(head)) for layer, head, *_ in rows) == HEADS
+    for layer, head, value, error in rows:
+        place = int(layer), int(head)
+        assert float(value) == pytest.approx(record["icl_attribution"][place], abs=1e-3)
+        assert float(error) == pytest.approx(record["icl_attribution_error"][place], abs=1e-3)
+    shown = [float(value) for _, _, value, _ in rows]
+    assert shown == sorted(shown, reverse=True)
+    assert json.loads(Path("out.json").read_text())["answer"] == out.splitlines()[-2]
+
+
+@pytest.mark.parametrize(
+    "flags", [["--mean"], ["--full"], ["--freeze-layernorm"], ["--full", "--mean"]]
+)
+def test_flags_change_what_they_name(snapshot, command, flags):
+    usual = record_of(snapshot, command)
+    Path("out.npz").unlink()
+    changed = record_of(snapshot, command, *flags)
+    assert changed["icl_score"] == pytest.approx(usual["icl_score"], abs=1e-4)  # clean is clean
+    same = np.abs(changed["loss_change"] - usual["loss_change"]) < 1e-5
+    # patterns after the last layer do not exist
+    assert same.tolist() == [[False] * 2, [flags == ["--full"]] * 2]
+
+
+def test_without_bands_the_rest_stays(snapshot, command):
+    with_bands = record_of(snapshot, command)
+    Path("out.npz").unlink()
+    without = record_of(snapshot, command, "--no-bands")
+    assert "band_attribution" not in without
+    for name in without:
+        assert without[name] == pytest.approx(with_bands[name], abs=1e-5)
+
+
+def test_two_processes_ablate_as_one(snapshot, command):
+    one = record_of(snapshot, command, "--mean")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = str(Path(ablate.__file__))
+    arguments = command(snapshot, "--heads", "0:1,1:1", "--mean", "--out", "two.npz")
+    subprocess.run([sys.executable, *launch, script, *arguments], check=True, timeout=100)
+    two = read_records(Path("two.npz"))[0]
+    for name in one:
+        assert two[name] == pytest.approx(one[name], abs=1e-4)
+
+
+# what the answer says
+
+
+def answer(attribution, together, heads=((1, 0),)):
+    record = {"step": 5, "icl_score": -0.5, "examples": 9, "icl_attribution": np.array(attribution)}
+    record |= {
+        "together_icl_attribution": [together, 0.1],
+        "icl_attribution_error": np.zeros((2, 2)),
+    }
+    record["together_icl_attribution_error"] = [0.01, 0.02]
+    sets = {"these": list(heads), "the others": []} if heads else {}
+    setup = type("Setup", (), {"sets": sets, "window": ()})
+    return ablate.answer(setup, [record])
+
+
+def test_the_answer_is_computed():
+    assert "these carries 75% of the positive" in answer([[0.1, -0.9], [0.3, 0.0]], 0.3)
+    without = answer([[0, 0], [0.3, 0]], 0.3)
+    assert "score of -0.500 becomes -0.200 (+0.300 +- 0.010) without these" in without
+    assert "-0.400 (+0.100 +- 0.020) without the others" in without
+    assert "these carry 100%" in answer([[0.1, -0.9], [0.3, 0]], 0.3, [(0, 0), (1, 0)])
+    assert "these carries 0%" in answer([[0.1, -0.9], [-0.3, 0]], -0.3)
+    assert "these carries none" in answer([[-0.1, -0.9], [-0.3, 0]], -0.3)
+    assert "no head matches prefixes" in answer([[0.1, 0.2], [0.0, 0.0]], 0, None)
+    assert "that of 0:1, +0.200" in answer([[0.1, 0.2], [0.0, 0.0]], 0, None)
+
+
+# a circuit that we know
+
+
+@pytest.fixture(scope="module")
+def repeated():
+    rng = np.random.default_rng(0)
+    rows = [np.tile(rng.choice(N_TOKENS - 1, 25, replace=False), 21)[:512] for _ in range(8)]
+    rows = torch.from_numpy(np.stack(rows))
+    return torch.cat([torch.full((8, 1), N_TOKENS - 1), rows[:, :-1]], dim=1), rows
+
+
+def test_a_previous_token_head_matters_through_patterns_alone(repeated):
+    """What it writes is read by the keys of the induction head: with patterns preserved it can go,
+    with patterns recomputed induction goes with it.
+    """
+    model, (inputs, targets) = induction_circuit(), repeated
+
+    def loss(hook=None):
+        with torch.no_grad():
+            return model.losses(inputs, targets, hook)[:, 30:].mean().item()
+
+    def preserved(head):
+        return preserving_patterns(model, inputs, ablation([head]), freeze_layernorm=True)
+
+    assert loss(preserved((0, 0))) == pytest.approx(loss(), abs=1e-4)
+    assert loss(ablation([(0, 0)])) > loss() + 0.5
+    assert loss(preserved((1, 1))) > loss() + 0.5
+
+
+# a run
+
+
+@pytest.fixture
+def run(corpus, text_file, tmp_path, monkeypatch):
+    """25 snapshots from one untrained model to another, with measurements that tell of a phase
+    change in the middle.
+    """
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "snapshots").mkdir(parents=True)
+    start, end, records = make(0).state_dict(), make(1).state_dict(), []
+    model = make(0)
+    for n, step in enumerate(range(0, 250, 10)):
+        way = 1 / (1 + np.exp(-(n - 12) / 1.5))
+        model.load_state_dict({name: torch.lerp(start[name], end[name], way) for name in start})
+        path = tmp_path / "run" / "snapshots" / f"step_{step:07d}.pt"
+        save(path, model, corpus, text_file, step)
+        records.append({"step": step, "tokens": 100 * step, "icl_band_score": -0.5 * way})
+    write_records(tmp_path / "run" / "measurements.npz", records)
+    return tmp_path / "run"
+
+
+def test_a_run_is_ablated_with_its_before_and_after_vector(run, command, corpus, capsys):
+    assert ablate.main(command(run, "--heads", "1:0", "--snapshots", "3")) == 0
+    out = capsys.readouterr().out
+    records = read_records(run / "ablations.npz")
+    measured = read_records(run / "measurements.npz")
+    window = [int(measured[n]["step"]) for n in evaluate.find_phase_change(measured)]
+    assert [int(r["step"]) for r in records] == sorted({0, 120, 240, *window})
+    assert json.loads((run / "ablations.json").read_text())["answer"] in out
+    # the vector and the dot product by hand, at the last snapshot
+    examples, own = evaluate.draw_examples(corpus, 6), []
+    model = make(0)
+    for step in window:
+        weights = torch.load(run / "snapshots" / f"step_{step:07d}.pt", weights_only=True)
+        model.load_state_dict(weights["weights"])
+        own.append(losses_with(model, examples, [])[range(6), examples.scored[:, -1]])
+    vector = (own[1] - own[0]) / np.linalg.norm(own[1] - own[0])
+    model.load_state_dict(
+        torch.load(run / "snapshots" / "step_0000240.pt", weights_only=True)["weights"]
+    )
+    for head in HEADS:
+        change = losses_with(model, examples, [head]) - losses_with(model, examples, [])
+        products = change[range(6), examples.scored[:, -1]] * vector
+        assert records[-1]["before_and_after"][head] == pytest.approx(products.sum(), abs=1e-3)
+        error = products.std(ddof=1) * 6**0.5
+        assert records[-1]["before_and_after_error"][head] == pytest.approx(error, abs=1e-3)
+    assert "along the before-and-after vector" in out
+
+
+def test_an_interrupted_sweep_goes_on(run, command, monkeypatch):
+    arguments = command(run, "--heads", "1:0", "--snapshots", "4")
+    assert ablate.main([*arguments, "--out", "whole.npz"]) == 0
+    whole, made, record = read_records(Path("whole.npz")), [], Ablations.record
+
+    def interrupted(self, *rest):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(1)
+        return record(self, *rest)
+
+    monkeypatch.setattr(Ablations, "record", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ablate.main(arguments)
+    assert len(read_records(run / "ablations.npz")) == 2
+    made.clear()
+    made += [1] * 3  # never 2 again
+    assert ablate.main(arguments) == 0
+    assert len(made) == 3 + len(whole) - 2  # only what was left
+    resumed = read_records(run / "ablations.npz")
+    for one, other in zip(whole, resumed, strict=True):
+        assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_records_made_otherwise_are_kept(run, command, capsys):
+    arguments = command(run, "--heads", "1:0", "--snapshots", "2")
+    assert ablate.main(arguments) == 0
+    before = (run / "ablations.npz").read_bytes()
+    error = refused(capsys, [*arguments, "--mean"])
+    assert "replacement zero then, mean now" in error and "--out" in error
+    assert (run / "ablations.npz").read_bytes() == before
+
+
+def test_a_run_without_a_phase_change_has_no_before_and_after(run, command, capsys):
+    records = read_records(run / "measurements.npz")
+    write_records(run / "measurements.npz", [{**r, "icl_band_score": -0.1} for r in records])
+    assert ablate.main(command(run, "--heads", "1:0", "--snapshots", "2")) == 0
+    assert "N/A (no phase change)" in capsys.readouterr().out
+    assert "before_and_after" not in read_records(run / "ablations.npz")[0]
+
+
+def test_one_layer_is_enough(corpus, text_file, command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = ModelConfig(1, 32, 2, 16, 0, 512, 1024)
+    path = save(tmp_path / "one.pt", make(0, config), corpus, text_file)
+    assert ablate.main(command(path)) == 0
+    out = capsys.readouterr().out
+    assert "no head matches prefixes" in out and "N/A (a run is needed" in out
+
+
+# idealised patterns
+
+
+def test_substitution_from_the_command_line(snapshot, command, capsys, monkeypatch):
+    monkeypatch.setattr("substitute.FIT_EXAMPLES", 3)
+    arguments = command(snapshot, "--substitute", "induction", "--heads", "0:1,1:0")
+    assert ablate.main([*arguments, "--out", "out.json"]) == 0
+    rows = json.loads(Path("out.json").read_text())["rows"]
+    assert [row["heads"] for row in rows] == [["0:1"], ["1:0"], ["0:1", "1:0"]]
+    assert "0:1 1:0" in capsys.readouterr().out
+    for row in rows:
+        assert row["loss_zero"] != row["loss_mean"] != row["loss_free"] != row["loss_fitted"]
+
+
+# bad input
+
+
+def refused(capsys, arguments):
+    assert ablate.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def test_bad_input_is_one_line(snapshot, run, command, tmp_path, capsys):
+    def says(*arguments):
+        return refused(capsys, command(*arguments))
+
+    assert "at least 2" in says(snapshot, "--examples", "1")
+    assert "no such head: they are 0:0 to 1:1" in says(snapshot, "--heads", "1:0,2:0")
+    assert "no such head" in says(snapshot, "--heads", "best")
+    assert "none of this model's heads is one" in says(snapshot, "--heads", "induction")
+    assert "no prefix-matching head" in says(snapshot, "--substitute", "induction")
+    assert "--full" in says(snapshot, "--full", "--freeze-layernorm")
+    assert "--full" in says(snapshot, "--full", "--no-bands")
+    assert "--substitute" in says(snapshot, "--substitute", "previous", "--mean")
+    assert "takes one snapshot" in says(run, "--substitute", "previous")
+    assert "--snapshots" in says(snapshot, "--snapshots", "5")
+    assert "--snapshots" in says(run, "--snapshots", "1")
+    assert "end in .npz" in says(snapshot, "--out", "records.txt")
+    assert "nowhere" in says(tmp_path / "nowhere.pt")
+    assert "no snapshots" in says(run / "snapshots")
+    (tmp_path / "there.npz").write_text("mine")
+    assert "exists" in says(snapshot, "--out", "there.npz")
+    assert (tmp_path / "there.npz").read_text() == "mine"
+    assert "no folder" in says(snapshot, "--out", "nowhere/records.npz")
+    (tmp_path / "mine.json").write_text('{"settings": null}')
+    assert "exists" in says(snapshot, "--out", "mine.npz")
+    assert "other settings" in says(run, "--heads", "1:0", "--out", "mine.npz")
+    assert (tmp_path / "mine.json").read_text() == '{"settings": null}'
+    (run / "measurements.npz").unlink()
+    assert "python evaluate.py" in says(run)
+    snapshot.write_bytes(snapshot.read_bytes()[:-1000])
+    assert "damaged" in says(snapshot)
+    snapshot.write_text("a stranger's")
+    assert "damaged" in says(snapshot)
+    assert "cuda" in refused(capsys, [*command(snapshot)[:3], "--device", "cuda"])
+
+
+def test_a_model_that_diverged_is_one_line(corpus, text_file, command, tmp_path, capsys):
+    model = make(0)
+    with torch.no_grad():
+        model.blocks[0].attn.W_O[0, 0, 0] = torch.nan
+    path = save(tmp_path / "diverged.pt", model, corpus, text_file)
+    assert "diverged" in refused(capsys, command(path))
+
+
+def test_before_and_after_by_hand():
+    vector, length = metrics.before_and_after_vector(
+        torch.tensor([3.0, 3]), torch.tensor([0.0, -1])
+    )
+    assert length == pytest.approx(5) and vector.tolist() == pytest.approx([-0.6, -0.8])
+    dot, error = metrics.before_and_after_attribution(torch.tensor([3.0, 4.0]), vector)
+    assert dot == pytest.approx(-5)  # all the way back
+    # products -1.8 and -3.2: their sum varies by sqrt(2) of their deviation
+    assert error == pytest.approx(2**0.5 * 1.4 / 2**0.5)

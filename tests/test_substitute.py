@@ -1,0 +1,101 @@
+"""Idealised patterns: by hand, by loops, and on a model whose heads are ideal."""
+
+import numpy as np
+import pytest
+import torch
+
+import substitute
+from parallel import Cores, Ranks
+from substitute import idealised_pattern, recovered
+from sweep import mean_results
+from tests.circuits_by_hand import N_TOKENS, induction_circuit
+
+CPU = torch.device("cpu")
+TOKENS = torch.tensor([[9, 1, 2, 1, 3, 1, 2, 1]])
+
+
+def attended(name, query, **scores):
+    """{key: weight} of the keys that a query looks at."""
+    row = idealised_pattern(name, TOKENS, **scores)[0, query]
+    return {key: w.item() for key, w in enumerate(row) if w > 0}
+
+
+def test_a_previous_token_pattern_is_the_diagonal_below():
+    assert attended("previous", 0) == {0: 1.0}
+    for query in range(1, 8):
+        assert attended("previous", query) == {query - 1: 1.0}
+
+
+def test_an_induction_pattern_is_what_followed_earlier_copies():
+    assert attended("induction", 1) == {0: 1.0}  # first of its kind: the first token
+    assert attended("induction", 3) == {2: 1.0}
+    assert attended("induction", 5) == pytest.approx({2: 0.5, 4: 0.5})  # after 1: 2, 3
+    assert attended("induction", 7) == pytest.approx({2: 1 / 3, 4: 1 / 3, 6: 1 / 3})
+
+
+def test_two_matching_tokens_come_first():
+    assert attended("induction2", 5) == pytest.approx({2: 0.5, 4: 0.5})  # 3 1 was not there before
+    assert attended("induction2", 7) == {4: 1.0}  # 2 1 was, and 3 followed
+
+
+def test_scores_divide_attention_between_the_first_token_and_matches():
+    def shares(keys, scores):
+        weights = np.exp(scores)
+        return pytest.approx(dict(zip(keys, weights / weights.sum(), strict=True)))
+
+    assert attended("induction", 5, match=1.0) == shares((0, 2, 4), [0, 1, 1])
+    assert attended("induction2", 7, match=1.0, longer=2.0) == shares((0, 2, 4, 6), [0, 1, 3, 1])
+
+
+def test_patterns_by_loops():
+    tokens = torch.randint(6, (3, 40), generator=torch.Generator().manual_seed(0))
+    pattern = idealised_pattern("induction2", tokens)
+    for row, t in enumerate(tokens.tolist()):
+        for query in range(40):
+            copies = [k for k in range(2, query + 1) if t[k - 1] == t[query]]
+            longer = [k for k in copies if k > 2 and t[k - 2] == t[query - 1]]
+            keys = longer or copies or [0]
+            expected = torch.zeros(40)
+            expected[keys] = 1 / len(keys)
+            assert torch.allclose(pattern[row, query], expected, atol=1e-6)
+
+
+def test_recovered_by_hand():
+    clean, ablated = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
+    assert recovered(clean, ablated, clean)[0] == pytest.approx(1)
+    assert recovered(clean, ablated, ablated) == (0, 0)
+    share, error = recovered(clean, ablated, torch.tensor([1.5, 3.5]))
+    assert share == pytest.approx(0.5)  # 1.5 of 2 and 0.5 of 2
+    assert error == pytest.approx(0.25)
+    assert recovered(clean, clean + 0.005, clean) is None  # too cheap to divide by
+
+
+def test_fitting_finds_the_best_of_the_grid():
+    def losses(match, longer):
+        return torch.tensor([abs(match - 2) + (longer - 3) ** 2, 1.0])
+
+    assert substitute.fit("induction2", losses) == {"match": 2.0, "longer": 3.0}
+    assert substitute.fit("induction", losses) == {"match": 2.0, "longer": 0.0}
+
+
+@pytest.fixture(scope="module")
+def repeated():
+    """30 rows of 24 random tokens and their repeats, for the circuit of 30 tokens."""
+    rng = np.random.default_rng(0)
+    rows = [np.tile(rng.choice(N_TOKENS - 1, 24, replace=False), 4) for _ in range(30)]
+    rows = torch.from_numpy(np.stack(rows))
+    return torch.cat([torch.full((30, 1), N_TOKENS - 1), rows[:, :-1]], dim=1), rows
+
+
+@pytest.mark.parametrize("name, head", [("previous", (0, 0)), ("induction", (1, 1))])
+def test_everything_is_recovered_where_heads_are_ideal(name, head, repeated):
+    model = induction_circuit()
+    measured, others = zip(*(x.tensor_split([20]) for x in repeated), strict=True)
+    with torch.no_grad():
+        means = mean_results(model, measured[0])
+    row = substitute.substitute(
+        model, name, [head], measured, others, means, Cores(CPU, 1), Ranks(CPU)
+    )
+    assert row["loss_zero"] > row["loss_clean"] + 0.5
+    assert row["recovered_zero_free"][0] == pytest.approx(1, abs=0.01)
+    assert row["recovered_mean_free"][0] == pytest.approx(1, abs=0.01)
