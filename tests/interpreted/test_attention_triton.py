@@ -9,7 +9,7 @@ import triton.language as tl
 
 from kernels import attention_triton as module
 from kernels.attention import attention, attention_and_lse, attention_reference
-from kernels.tiles_triton import architecture, key_stretches, tiles
+from kernels.tiles_triton import architecture, key_stretches, padded, readable, tiles
 from tests.test_attention import (
     assert_as_exact_as_the_reference,
     inputs,
@@ -97,6 +97,7 @@ def test_strided_inputs_and_several_batch_rows(arch):
     q, k, _ = qkv.unbind(2)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), odd[..., 1:]
     assert not q.is_contiguous() and v.stride(2) == 17
+    assert readable(padded(q)) is q and readable(v) is not v  # only what has to be is copied
     weight = torch.randn(2, 3, 40, 1).half()  # z's gradient is expanded: no memory of its own
     z = module.attention(q, k, v)[0]
     gradients = torch.autograd.grad((z * weight).sum(), (qkv, odd))
