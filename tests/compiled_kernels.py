@@ -305,7 +305,8 @@ def main():
     elif TABLE.exists():
         table = TABLE.read_text().splitlines()
         complaints += [f"{line}\n    not in {TABLE.name}" for line in lines if line not in table]
-    print("\n".join(complaints), file=sys.stderr)
+    for complaint in complaints:
+        print(complaint, file=sys.stderr)
     return 1 if complaints else 0
 
 

@@ -262,6 +262,7 @@ def test_bad_input_is_one_line(run, text_file, tmp_path, capsys):
     assert "no snapshots" in refused(capsys, command(tmp_path, text_file))
     assert "nowhere.pt" in refused(capsys, command("nowhere.pt", text_file))
     assert "invalid int" in refused(capsys, command(snapshot, text_file, "--examples", "all"))
+    assert "run on a GPU" in refused(capsys, command(snapshot, text_file, "--kernels", "triton"))
     snapshot.write_bytes(snapshot.read_bytes()[:-1000])
     assert "damaged" in refused(capsys, command(snapshot, text_file))
 
