@@ -58,9 +58,9 @@ def command(text_file):
     return arguments
 
 
-def record_of(path, command, *flags):
-    assert ablate.main(command(path, "--heads", "0:1,1:1", "--out", "out.npz", *flags)) == 0
-    return read_records(Path("out.npz"))[0]
+def record_of(path, command, *flags, out="out.npz"):
+    assert ablate.main(command(path, "--heads", "0:1,1:1", "--out", out, *flags)) == 0
+    return read_records(Path(out))[0]
 
 
 # a snapshot
@@ -116,8 +116,7 @@ def test_the_table_shows_the_record_in_the_order_of_effect(snapshot, command, ca
 )
 def test_flags_change_what_they_name(snapshot, command, flags):
     usual = record_of(snapshot, command)
-    Path("out.npz").unlink()
-    changed = record_of(snapshot, command, *flags)
+    changed = record_of(snapshot, command, *flags, out="changed.npz")
     assert changed["icl_score"] == pytest.approx(usual["icl_score"], abs=1e-4)  # clean is clean
     same = np.abs(changed["loss_change"] - usual["loss_change"]) < 1e-5
     # patterns after the last layer do not exist
@@ -126,8 +125,7 @@ def test_flags_change_what_they_name(snapshot, command, flags):
 
 def test_without_bands_the_rest_stays(snapshot, command):
     with_bands = record_of(snapshot, command)
-    Path("out.npz").unlink()
-    without = record_of(snapshot, command, "--no-bands")
+    without = record_of(snapshot, command, "--no-bands", out="without.npz")
     assert "band_attribution" not in without
     for name in without:
         assert without[name] == pytest.approx(with_bands[name], abs=1e-5)
