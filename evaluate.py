@@ -115,7 +115,9 @@ def example_losses(model, examples, cores, ranks):
         return torch.cat([model.losses(x, y, at=n[0] if n else None) for x, y, *n in parts])
 
     def of_examples(*rows):
-        parts = cores(of_rows, *(ranks.share(part) for part in rows))
+        rows = [ranks.share(part) for part in rows]
+        # of few examples a process may get none
+        parts = cores(of_rows, *rows) if len(rows[0]) else [torch.empty(rows[-1].shape)]
         return ranks.gather(torch.cat(parts).float().cpu())
 
     inputs, targets, n_whole = examples.inputs, examples.targets, examples.n_whole

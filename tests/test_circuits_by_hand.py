@@ -21,8 +21,9 @@ def examples():
     start = np.full((10, 1), N_TOKENS - 1)
     text = np.concatenate([start, rng.integers(N_TOKENS - 1, size=(10, 512))], axis=1)
     inputs, targets, repeated = text[:, :-1], text[:, 1:], np.hstack([start, np.tile(draws, 4)])
-    tensors = inputs, targets, np.arange(10), inputs, repeated, draws
-    return evaluate.Examples(*map(torch.from_numpy, tensors))
+    inputs, targets, repeated, draws = map(torch.from_numpy, (inputs, targets, repeated, draws))
+    scored = torch.arange(10)[:, None]
+    return evaluate.Examples(inputs, targets, 10, scored, inputs, repeated, draws)
 
 
 def test_the_induction_circuit_scores_what_its_heads_do(examples):
