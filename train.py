@@ -52,7 +52,7 @@ class Recipe:
 RECIPES = {
     "mini": Recipe(
         n_rows=8, n_tokens=8_000_000, learning_rate=2e-3, warmup_tokens=100_000,
-        weight_decay=0.01, betas=(0.9, 0.98), n_snapshots=90, n_examples=60, n_final_examples=600,
+        weight_decay=0.01, betas=(0.9, 0.98), n_snapshots=90, n_examples=88, n_final_examples=400,
         whole=0.25,
     ),
     "small": Recipe(
