@@ -80,7 +80,7 @@ def draw_score(ax, run):
     ax.axhline(0, color="0.85", lw=0.8, zorder=0)
     score, error = (run.measurements[f"icl_band_score{suffix}"] for suffix in ("", "_error"))
     ax.fill_between(run.millions, score - error, score + error, color=run.colour, alpha=0.2, lw=0)
-    ax.plot(run.millions, score, color=run.colour, label="tokens 480-511 minus 40-60")
+    ax.plot(run.millions, score, color=run.colour, label="tokens 400-511 minus 30-70")
     shown, change = run.summary, run.summary["phase_change"]
     points = [(run.millions[-1], shown["icl_score"], shown["icl_score_error"])]
     for name, when in (("before", "start"), ("after", "end")) if change else ():

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import metrics
 from plots import phase_change, style
 
 ROOT = Path(__file__).parent.parent
@@ -116,3 +117,12 @@ def test_missing_and_damaged_records_are_one_line(runs, tmp_path, capsys, name):
 def test_only_pictures_are_written(runs, tmp_path, capsys):
     assert phase_change.main([str(runs[0]), "--out", str(tmp_path / "f.txt")]) == 2
     assert ".png" in capsys.readouterr().err
+
+
+def test_the_legend_names_the_bands_of_the_score(runs):
+    """Figures are drawn without torch, so this one cannot ask metrics.py."""
+    figure = phase_change.draw([style.load_run(run) for run in runs])
+    (late_from, late_to), (early_from, early_to) = metrics.LATE_BAND, metrics.EARLY_BAND
+    label = f"tokens {late_from}-{late_to} minus {early_from}-{early_to}"
+    assert label in figure.axes[2].get_legend_handles_labels()[1]
+    style.plt.close(figure)
