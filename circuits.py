@@ -36,11 +36,20 @@ import numpy as np
 import torch
 
 import metrics
-from evaluate import HEAD_SCORES, corpus_of, draw_examples, head_scores, load_fitting, pick_device
+from evaluate import (
+    HEAD_SCORES,
+    add_corpus_flags,
+    corpus_of,
+    draw_examples,
+    head_scores,
+    load_fitting,
+    pick_device,
+    snapshots_of,
+)
 from model import layer_norm_divisor
 from parallel import Cores, Ranks
 from records import write_json
-from safety import ArgumentParser, BadInput, one_line_errors
+from safety import ArgumentParser, one_line_errors
 from snapshots import load_snapshot
 
 
@@ -374,16 +383,12 @@ def main(argv=None):
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("path", type=Path, help="the folder of a run, or one snapshot")
-    add("--data", help="corpus for attention and scores (default: the one trained on, if built in)")
-    add("--vocabulary", metavar="FILE", help="gpt2 or a .tiktoken file (default: the corpus's)")
-    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    add_corpus_flags(add)
     add("--out", type=Path, help="JSON file for the record (default: none)")
     args = parser.parse_args(argv)
     device = pick_device(args.device)
     is_run = args.path.is_dir()
-    paths = sorted((args.path / "snapshots").glob("step_*.pt")) if is_run else [args.path]
-    if not paths:
-        raise BadInput(f"{args.path}: no snapshots in this folder")
+    paths = snapshots_of(args.path) if is_run else [args.path]
     corpus = corpus_of(args, load_snapshot(paths[0])[1]["corpus"], Ranks(device))
     examples, cores = draw_examples(corpus, 2).to(device), Cores(device)
 

@@ -56,7 +56,7 @@ def draw_examples(corpus, n_examples, whole=1.0):
     """The first n_examples of the fixed held-out examples, with the sequences that test heads.
 
     whole: the share of them whose losses are measured at every position. The rest only serves the
-    in-context learning score and the per-token losses, at half the price.
+    in-context learning score and the per-token losses, which costs less.
     """
     if n_examples < 2:
         raise BadInput(f"{n_examples} examples: at least 2 are needed for a standard error")
@@ -363,10 +363,15 @@ def pick_kernels(name, device):
 def add_flags(add):
     """The flags of everything that is measured on held-out examples."""
     add("--examples", type=int, default=1000, help="of 512 tokens, held out (default: 1000)")
+    add_corpus_flags(add)
+    add("--kernels", choices=KERNELS, help="default: triton on a GPU, else torch")
+
+
+def add_corpus_flags(add):
+    """What `corpus_of` and `pick_device` need."""
     add("--data", help="corpus to measure on (default: the one trained on, if it is built in)")
     add("--vocabulary", metavar="FILE", help="gpt2 or a .tiktoken file (default: the corpus's)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    add("--kernels", choices=KERNELS, help="default: triton on a GPU, else torch")
 
 
 @one_line_errors

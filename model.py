@@ -147,13 +147,10 @@ class LayerNorm(nn.Module):
             return F.layer_norm(resid, self.w.shape, self.w, self.b, EPSILON)
         return (resid - resid.mean(-1, keepdim=True)) / scale * self.w + self.b
 
-    def scale(self, resid):
-        return (resid.var(-1, correction=0, keepdim=True) + EPSILON).sqrt()
-
 
 def layer_norm_divisor(resid):
     """What a LayerNorm divides by where it reads resid [..., d_model]: [..., 1]."""
-    return (resid.var(dim=-1, keepdim=True, correction=0) + 1e-5).sqrt()
+    return (resid.var(dim=-1, keepdim=True, correction=0) + EPSILON).sqrt()
 
 
 class Attention(nn.Module):
@@ -323,7 +320,7 @@ def sum_over_heads(z, W_O):
 
 
 def _normalise(ln, resid, name, touch):
-    return ln(resid) if touch.hook is None else ln(resid, touch(name, ln.scale(resid)))
+    return ln(resid) if touch.hook is None else ln(resid, touch(name, layer_norm_divisor(resid)))
 
 
 def _rows(x, at):

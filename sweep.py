@@ -35,7 +35,7 @@ import torch.nn.functional as F
 
 from kernels.attention import attention_pattern, frozen_attention
 from kernels.cross_entropy import linear_cross_entropy
-from model import per_head, sum_over_heads
+from model import layer_norm_divisor, per_head, sum_over_heads
 
 # of the residual streams of the ablations that are computed at once, for each core
 STACK_BYTES = {"cpu": 8 * 2**20, "cuda": 2 * 2**30}
@@ -184,7 +184,7 @@ class CleanRun:
         if self.scales is None:
             return ln(resid)
         if ln not in self.scales:  # the clean run comes by first
-            self.scales[ln] = ln.scale(resid)
+            self.scales[ln] = layer_norm_divisor(resid)
         return ln(resid, self.scales[ln])
 
     def at_scored(self, x):

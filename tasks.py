@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluate import corpus_of, load_fitting, logit_effect, pick_device
+from evaluate import add_corpus_flags, corpus_of, load_fitting, logit_effect, pick_device
 from model import layer_norm_divisor
 from parallel import Ranks
 from records import write_json
@@ -391,9 +391,7 @@ def main(argv=None):
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("path", type=Path, help="a snapshot")
-    add("--data", help="corpus of its vocabulary (default: the one trained on, if it is built in)")
-    add("--vocabulary", metavar="FILE", help="gpt2 or a .tiktoken file (default: the corpus's)")
-    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    add_corpus_flags(add)
     add("--out", type=Path, help="JSON file for the record (default: none)")
     args = parser.parse_args(argv)
     device = pick_device(args.device)

@@ -41,6 +41,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.cross_entropy import IGNORED
+from kernels.tiles_triton import architecture
 
 # of the gradient by the logits in memory at once: 4096 rows of 2^16 in bfloat16, for which the
 # library's products fill a chip
@@ -51,7 +52,7 @@ PROGRAMS = 512
 # of 16 bytes, and pointers are fast only there
 ALIGNMENT = 16
 
-# ROWS, COLUMNS, DEPTH, warps, stages: for 16-bit numbers by generation (`_generation`); float32 is
+# ROWS, COLUMNS, DEPTH, warps, stages: for 16-bit numbers by generation (`architecture`); float32 is
 # exact and slow everywhere, for no matrix instruction multiplies it
 TILES = {
     80: (128, 128, 32, 8, 4),
@@ -127,16 +128,8 @@ def _add_product(total, a, b):
         total += a.float() @ b.float()
 
 
-def _generation():
-    """Whose tiles suit this GPU: 80, 90 or 100. Consumer chips have Ampere's matrix instructions
-    and shared memory.
-    """
-    arch = triton.runtime.driver.active.get_current_target().arch
-    return 100 if 100 <= arch < 120 else 90 if arch == 90 else 80
-
-
 def _tile(resid):
-    return TILES["float32" if resid.dtype == torch.float32 else _generation()]
+    return TILES["float32" if resid.dtype == torch.float32 else architecture()]
 
 
 def _share(resid, d_vocab):
@@ -150,7 +143,7 @@ def _share(resid, d_vocab):
 def _launch(kernel, resid, W_U, d_vocab, per_row, dlogits=None):
     """Runs one of the kernels below."""
     n_rows, n_columns, depth, warps, stages = _tile(resid)
-    by_descriptor = _generation() >= 90 and resid.dtype != torch.float32
+    by_descriptor = architecture() >= 90 and resid.dtype != torch.float32
 
     def tiled(matrix, *tile):
         return TensorDescriptor.from_tensor(matrix, list(tile)) if by_descriptor else matrix

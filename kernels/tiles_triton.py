@@ -109,9 +109,11 @@ def launch_config(configs, kernel, x):
 
 
 def architecture():
-    """The family of the GPU in use: 80, 90 or 100."""
+    """Whose configurations suit the GPU in use: 80, 90 or 100. Consumer chips have Ampere's matrix
+    instructions and shared memory.
+    """
     arch = triton.runtime.driver.active.get_current_target().arch
-    return max(family for family in (80, 90, 100) if family <= arch)
+    return 100 if 100 <= arch < 120 else 90 if arch == 90 else 80
 
 
 def programs(x, block):
