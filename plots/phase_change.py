@@ -18,7 +18,6 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 from plots import style
 from plots.style import plt
-from safety import ArgumentParser, BadInput, one_line_errors, write_whole
 
 
 def draw(runs):
@@ -34,7 +33,7 @@ def draw(runs):
     )
     losses = np.concatenate([run.measurements["loss"] for run in runs])
     for run, (loss, score, heads, derivative) in zip(runs, axes.T, strict=True):
-        loss.set_title(f"{run.title}\nseed {run.made['seed']}")
+        loss.set_title(f"{run.title}\nseed {run.seed}")
         draw_loss(loss, run, one_layer)
         draw_score(score, run)
         draw_heads(heads, run)
@@ -70,7 +69,7 @@ def draw_loss(ax, run, one_layer):
             label=one_layer.title,
         )
         ax.legend(loc="upper right")
-    ax.plot(run.millions, run.measurements["loss"], color=run.colour)
+    ax.plot(run.millions, run.measurements["loss"], color=style.depth_colour(run.n_layers))
 
 
 def draw_score(ax, run):
@@ -79,13 +78,24 @@ def draw_score(ax, run):
     """
     ax.axhline(0, color="0.85", lw=0.8, zorder=0)
     score, error = (run.measurements[f"icl_band_score{suffix}"] for suffix in ("", "_error"))
-    ax.fill_between(run.millions, score - error, score + error, color=run.colour, alpha=0.2, lw=0)
-    ax.plot(run.millions, score, color=run.colour, label="tokens 400-511 minus 30-70")
-    shown, change = run.summary, run.summary["phase_change"]
+    ax.fill_between(
+        run.millions,
+        score - error,
+        score + error,
+        color=style.depth_colour(run.n_layers),
+        alpha=0.2,
+        lw=0,
+    )
+    ax.plot(
+        run.millions,
+        score,
+        color=style.depth_colour(run.n_layers),
+        label="tokens 400-511 minus 30-70",
+    )
+    shown = run.summary
     points = [(run.millions[-1], shown["icl_score"], shown["icl_score_error"])]
-    for name, when in (("before", "start"), ("after", "end")) if change else ():
-        score, error = shown[f"icl_{name}"], shown[f"icl_{name}_error"]
-        points.append((change[f"{when}_tokens"] / 1e6, score, error))
+    for edge, when in zip(run.window or (), ("before", "after"), strict=False):
+        points.append((edge, shown[f"icl_{when}"], shown[f"icl_{when}_error"]))
     millions, scores, errors = zip(*points, strict=True)
     label = f"token 500 minus token 50, {shown['examples']:,} examples"
     ax.errorbar(
@@ -125,24 +135,12 @@ def draw_derivative(ax, run, strongest):
     ax.set_yscale("log")
     ax.set_yticks([5, 50, 500], ["5", "50", "500"])
     ax.minorticks_off()
-    change = run.summary["phase_change"]
-    for name in ("start_tokens", "end_tokens") if change else ():
-        ax.axvline(change[name] / 1e6, color=style.WINDOW_COLOUR, lw=1.5)
+    for edge in run.window or ():
+        ax.axvline(edge, color=style.WINDOW_COLOUR, lw=1.5)
     return mesh
 
 
-@one_line_errors
-def main(argv=None):
-    parser = ArgumentParser(__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
-    parser.add_argument("--out", type=Path, required=True, help="the picture to write (.png)")
-    args = parser.parse_args(argv)
-    if args.out.suffix != ".png":
-        raise BadInput(f"--out {args.out}: must end in .png")
-    figure = draw([style.load_run(folder) for folder in args.runs])
-    write_whole(args.out, lambda path: style.save(figure, path))
-    print(f"-> {args.out}")
-
+main = style.script(__doc__, draw)
 
 if __name__ == "__main__":
     sys.exit(main())

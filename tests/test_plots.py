@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 import metrics
+from model import SCALES
 from plots import phase_change, style
+from plots import runs as runs_of
+from plots.runs import load_run
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,7 +57,7 @@ def runs(tmp_path):
 
 
 def test_every_panel_shows_its_records(runs):
-    loaded = [style.load_run(run) for run in runs]
+    loaded = [load_run(run) for run in runs]
     figure = phase_change.draw(loaded)
     panels = np.array(figure.axes[:8]).reshape(4, 2)
     one, two = (run.measurements for run in loaded)
@@ -79,7 +82,7 @@ def test_every_panel_shows_its_records(runs):
 
 
 def test_the_window_is_shaded_where_there_is_one(runs):
-    figure = phase_change.draw([style.load_run(run) for run in runs])
+    figure = phase_change.draw([load_run(run) for run in runs])
     panels = np.array(figure.axes[:8]).reshape(4, 2)
     for row in range(3):
         assert not panels[row, 0].patches
@@ -121,8 +124,14 @@ def test_only_pictures_are_written(runs, tmp_path, capsys):
 
 def test_the_legend_names_the_bands_of_the_score(runs):
     """Figures are drawn without torch, so this one cannot ask metrics.py."""
-    figure = phase_change.draw([style.load_run(run) for run in runs])
+    figure = phase_change.draw([load_run(run) for run in runs])
     (late_from, late_to), (early_from, early_to) = metrics.LATE_BAND, metrics.EARLY_BAND
     label = f"tokens {late_from}-{late_to} minus {early_from}-{early_to}"
     assert label in figure.axes[2].get_legend_handles_labels()[1]
     style.plt.close(figure)
+
+
+def test_what_figures_know_of_the_models_is_true():
+    """They cannot import it."""
+    assert runs_of.PREFIX_MATCHING == metrics.INDUCTION_PREFIX_MATCHING
+    assert runs_of.WIDTHS == {scale: sizes["d_model"] for scale, sizes in SCALES.items()}

@@ -1,0 +1,166 @@
+"""The records of runs, as figures and tables read them: numpy alone, no model, no torch.
+
+A run's folder in runs/, or its copy in results/, holds
+
+    run.json, summary.json   what made it and what it shows (records.py)
+    measurements.npz         every snapshot, as training measured it
+    evaluation.npz           some of them, on more examples (evaluate.py --snapshots)
+    ablations.npz, .json     what each head causes (ablate.py)
+    circuits.json            what is read off the weights (circuits.py)
+    tasks.json               literal copying, translation, pattern matching (tasks.py)
+    passage.npz              a text through training (passage.py)
+
+The first two lines are there after training; of the others a figure says which it needs.
+"""
+
+import dataclasses
+import functools
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from safety import BadInput
+
+# what a run of each scale has unless its flags say otherwise: others belong to the width sweep
+WIDTHS = {"mini": 128, "small": 768, "paper": 768}
+
+PREFIX_MATCHING = 0.4  # metrics.INDUCTION_PREFIX_MATCHING, which needs torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One model's records. Arrays are [snapshot, ...]; their names are those of evaluate.measure
+    and attribution.py. What is missing raises BadInput when it is asked for.
+    """
+
+    folder: Path
+    made: dict  # run.json
+    summary: dict
+    measurements: dict
+
+    @property
+    def name(self):
+        return self.folder.name
+
+    @functools.cached_property
+    def evaluation(self):
+        """The measurements on more examples; those of training where there are no others."""
+        path = self.folder / "evaluation.npz"
+        return read_arrays(path) if path.exists() else self.measurements
+
+    @functools.cached_property
+    def ablations(self):
+        return read_arrays(self.folder / "ablations.npz")
+
+    @functools.cached_property
+    def ablated_heads(self):
+        """Settings, machine, class of every head and the answer in words."""
+        return read_json(self.folder / "ablations.json")
+
+    @functools.cached_property
+    def circuits(self):
+        return read_json(self.folder / "circuits.json")
+
+    @functools.cached_property
+    def tasks(self):
+        return read_json(self.folder / "tasks.json")
+
+    @functools.cached_property
+    def passage(self):
+        return read_arrays(self.folder / "passage.npz")
+
+    @property
+    def millions(self):
+        """Training tokens of every snapshot of the measurements, in millions."""
+        return self.measurements["tokens"] / 1e6
+
+    @property
+    def window(self):
+        """Where the phase change starts and ends, in millions of tokens; None without one."""
+        change = self.summary["phase_change"]
+        return change and (change["start_tokens"] / 1e6, change["end_tokens"] / 1e6)
+
+    @property
+    def n_layers(self):
+        return self.made["config"]["n_layers"]
+
+    @property
+    def seed(self):
+        return self.made["seed"]
+
+    @property
+    def series(self):
+        """attention-only, with MLPs, smeared keys, second corpus, or width (a stand-in for the
+        paper's larger models).
+        """
+        config = self.made["config"]
+        if self.made["corpus"]["data"] != "python":
+            return "second corpus"
+        if config["d_model"] != WIDTHS[self.made["scale"]]:
+            return "width"
+        if config["smear"]:
+            return "smeared keys"
+        return "with MLPs" if config["d_mlp"] else "attention-only"
+
+    def head_classes(self):
+        """Of every head, by (layer, head): "induction", "previous token" or "other" as
+        metrics.head_class has it, and "prefix matching" of others that would be induction heads if
+        their copying score were above 0.
+        """
+        classes = {}
+        for row in self.summary["heads"]:
+            layer, head = map(int, row["head"].split(":"))
+            matches = row["prefix_matching"] >= PREFIX_MATCHING and row["class"] == "other"
+            classes[layer, head] = "prefix matching" if matches else row["class"]
+        return classes
+
+    @property
+    def title(self):
+        config = self.made["config"]
+        kind = "attention-only" if config["d_mlp"] == 0 else "with MLPs"
+        layers = "1 layer" if self.n_layers == 1 else f"{self.n_layers} layers"
+        return f"{layers}, {kind}{', smeared keys' if config['smear'] else ''}"
+
+    @property
+    def is_plain_one_layer(self):
+        return self.n_layers == 1 and not self.made["config"]["smear"]
+
+
+def load_run(folder):
+    """The records in a run's folder; BadInput if they are missing or damaged."""
+    made, summary = (read_json(folder / name) for name in ("run.json", "summary.json"))
+    return Run(folder, made, summary, read_arrays(folder / "measurements.npz"))
+
+
+def load_all(folder):
+    """Every run in a folder of runs, by name."""
+    folders = sorted(path.parent for path in folder.glob("*/summary.json"))
+    if not folders:
+        raise BadInput(f"{folder}: no runs in this folder: python reproduce.py makes them")
+    return {path.name: load_run(path) for path in folders}
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise missing(path) from None
+    except ValueError as error:
+        raise BadInput(f"{path}: damaged ({error})") from None
+
+
+def read_arrays(path):
+    """A .npz file -> {name: array}."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except FileNotFoundError:
+        raise missing(path) from None
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        raise BadInput(f"{path}: damaged records ({error})") from None
+
+
+def missing(path):
+    return BadInput(f"{path} is missing; plots/runs.py tells which script writes it")
