@@ -95,7 +95,8 @@ def _scores(q, k, windows, at=None):
     if at is None:
         at = torch.arange(k.shape[-2], device=q.device)[None]
     scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
-    return scores.masked_fill_(~visible(at, k.shape[-2], windows), float("-inf"))
+    # adding is four times as fast as masked_fill_
+    return scores.add_(torch.where(visible(at, k.shape[-2], windows), 0.0, float("-inf")))
 
 
 def previous_token_attention(q, k, alpha=None, windows=None):
@@ -313,5 +314,5 @@ def _mask(scores, start, stop, windows):
 
 @functools.cache
 def _later_keys(n):
-    """-inf above the diagonal, 0 elsewhere: adding it is four times as fast as masked_fill_."""
+    """-inf above the diagonal, 0 elsewhere."""
     return torch.full((n, n), float("-inf")).triu(1)
