@@ -58,11 +58,7 @@ def main(argv=None):
     add(
         "--no-bands", action="store_true", help="score positions 50, 500 and one more alone: faster"
     )
-    add(
-        "--snapshots",
-        type=int,
-        help=f"of a run, evenly spaced; those of the phase change are added (default: {SNAPSHOTS})",
-    )
+    evaluate.add_snapshots_flag(add, SNAPSHOTS)
     add(
         "--substitute",
         choices=substitute.PATTERNS,
@@ -100,8 +96,7 @@ def check_flags(args):
         )
     if args.substitute and is_run:
         raise BadInput(f"--substitute takes one snapshot, and {args.path} is a folder")
-    if args.snapshots is not None and (not is_run or args.snapshots < 2):
-        raise BadInput("--snapshots needs the folder of a run, and at least 2 of its snapshots")
+    evaluate.check_snapshots(args)
     suffix = ".json" if args.substitute else ".npz"
     if args.out and args.out.suffix != suffix:
         raise BadInput(f"--out {args.out}: the name has to end in {suffix}")
@@ -142,20 +137,14 @@ def ablate_snapshot(args, ranks):
 
 
 def ablate_run(args, ranks):
-    paths = {int(path.stem.split("_")[1]): path for path in evaluate.snapshots_of(args.path)}
-    measurements = args.path / "measurements.npz"
-    if not measurements.exists():
-        raise BadInput(f"{args.path}: not measured yet: run python evaluate.py {args.path} first")
-    measured = [record for record in read_records(measurements) if int(record["step"]) in paths]
-    window = evaluate.find_phase_change(measured)
+    paths, window = evaluate.choose_snapshots(args.path, args.snapshots or SNAPSHOTS)
     setup = Ablations(args, ranks, paths[max(paths)])
     if window:
-        setup.find_vector(*(paths[int(measured[n]["step"])] for n in window))
-    wanted = choose(sorted(paths), args.snapshots or SNAPSHOTS, setup.window)
+        setup.find_vector(*(paths[step] for step in window))
     out = args.out or args.path / "ablations.npz"
     records = take_up(setup, out)
     done = {int(record["step"]) for record in records}
-    left = [step for step in wanted if step not in done]
+    left = [step for step in paths if step not in done]
     progress = Progress(ranks.is_first, "snapshots")
     for n, step in enumerate(left):
         model, about = setup.load(paths[step])
@@ -205,12 +194,6 @@ def substitute_in_snapshot(args, ranks):
         content = {"pattern": args.substitute, "examples": n, "corpus": setup.corpus.sha256}
         write_json(args.out, content | {"machine": setup.machine(), "rows": table})
         print(f"-> {args.out}")
-
-
-def choose(steps, n_wanted, window):
-    """n_wanted of the steps, evenly spaced from first to last, and those of the window."""
-    places = np.linspace(0, len(steps) - 1, min(n_wanted, len(steps))).round().astype(int)
-    return sorted({steps[place] for place in places} | set(window))
 
 
 def take_up(setup, out):

@@ -160,7 +160,7 @@ def write_records(path, records):
 
     def save(temporary):
         with open(temporary, "wb") as file:  # np.savez adds a suffix to a name, not to a file
-            np.savez(file, **stack(records))
+            np.savez_compressed(file, **stack(records))
 
     write_whole(path, save)
 
