@@ -22,7 +22,7 @@ import torch
 import metrics
 from corpora import BUILT_IN, open_corpus
 from data import EVALUATION_SEED, evaluation_rows, random_sequences
-from kernels.attention import previous_token_attention
+from kernels.attention import head_statistics, previous_token_attention
 from parallel import Cores, Ranks
 from records import read_json, read_records, write_json, write_records
 from safety import ArgumentParser, BadInput, one_line_errors
@@ -176,16 +176,23 @@ def in_pieces(function, *rows):
 
 @torch.no_grad()
 def scores_on_repeated(model, tokens):
-    """Patterns are scored as they arise, one layer at a time: {name: [layer, head]}."""
+    """{name: [layer, head]}. Patterns are scored as they arise, one layer at a time; on a GPU they
+    never exist: the kernel sums them.
+    """
     offsets = {"prefix_matching": 1, "match_itself": 0, "match_before": -1}
-    scores = {name: [] for name in offsets}
+    scores, last = {name: [] for name in offsets}, {}
 
     def hook(name, layer, value):
-        if name == "pattern":
-            for score, offset in offsets.items():
+        last[name] = value
+        for score, offset in offsets.items():
+            if name == "pattern":
                 scores[score].append(metrics.prefix_matching_score(value, tokens, offset))
+            if name == "k" and fused:
+                found = statistics(model, layer, last["q"], value, tokens, offset)
+                scores[score].append(found[0])
 
-    model.residual(tokens, hook)
+    fused = model.kernels == "triton"
+    model.residual(tokens, hook, pattern=not fused)
     return {name: torch.stack(layers) for name, layers in scores.items()}
 
 
@@ -208,18 +215,24 @@ def scores_on_text(model, tokens, targets):
     """-> (previous-token score of every head [layer, head], summed over the rows; the rows'
     losses).
     """
-    queries, scores = {}, []
+    last, scores = {}, []
 
     def hook(name, layer, value):
-        if name == "q":
-            queries[layer] = value
-        if name == "k":
+        last[name] = value
+        if name == "k" and model.kernels == "triton":
+            scores.append(statistics(model, layer, last["q"], value, tokens)[1])
+        elif name == "k":
             attn = model.blocks[layer].attn
-            q = queries.pop(layer)
-            scores.append(previous_token_attention(q, value, attn.alpha, attn.windows))
+            scores.append(previous_token_attention(last["q"], value, attn.alpha, attn.windows))
 
     losses = model.losses(tokens, targets, hook, pattern=False)
     return torch.stack(scores) * len(tokens), losses.float()
+
+
+def statistics(model, layer, q, k, tokens, offset=1):
+    """`head_statistics` of one layer."""
+    attn = model.blocks[layer].attn
+    return head_statistics(q, k, None, tokens, attn.alpha, attn.windows, offset, model.kernels)
 
 
 def logit_effect(model, layer, v, tokens):
