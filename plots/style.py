@@ -1,5 +1,6 @@
 """What all figures share: colours, the look of an axis, the command line."""
 
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -47,7 +48,11 @@ def depth_colour(n_layers):
 def shade_phase_change(ax, run):
     """Marks the stretch of training in which in-context learning appears, if the run has one."""
     if run.window:
-        ax.axvspan(*run.window, color=WINDOW_COLOUR, alpha=0.2, lw=0)
+        shade(ax, run.window)
+
+
+def shade(ax, window):
+    ax.axvspan(*window, color=WINDOW_COLOUR, alpha=0.2, lw=0)
 
 
 def save(figure, path):
@@ -61,6 +66,7 @@ def save(figure, path):
 
 def caption(figure, text):
     """A small grey line under the figure: its number in the paper, on how many examples."""
+    text = textwrap.fill(text, int(16 * figure.get_figwidth()))
     figure.supxlabel(text, x=0.005, ha="left", fontsize=7.5, color="0.4")
 
 

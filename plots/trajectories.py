@@ -128,7 +128,9 @@ def by_examples(runs):
 
 
 def draw_path(ax, run, plane, others=()):
-    """The run's path in the plane, with its phase change outlined; those of others in grey."""
+    """The run's path in the plane, with its phase change, A to B, outlined; those of others in
+    grey.
+    """
     for other in others:
         ax.plot(*plane.project(losses_through_training(other)[1]).T, color="0.88", lw=1, zorder=0)
     millions, losses = losses_through_training(run)
@@ -136,6 +138,8 @@ def draw_path(ax, run, plane, others=()):
     if run.window:
         first, last = (np.abs(millions - edge).argmin() for edge in run.window)
         ax.plot(*points[first : last + 1].T, color=style.WINDOW_COLOUR, lw=7, zorder=1)
+        for name, edge in ("A", first), ("B", last):
+            ax.annotate(name, points[edge], xytext=(9, -3), textcoords="offset points")
     colour = style.depth_colour(run.n_layers)
     ax.plot(*points.T, color=colour, lw=1.6, marker=".", ms=4)
     ax.plot(*points[0], marker="o", ms=6, mfc="white", mec=colour, ls="", label="start")
