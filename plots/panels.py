@@ -64,36 +64,26 @@ def grid(runs, names, note, in_plane=(), height=1.9):
     timed = [axes[:-1] for name, axes in zip(names, panels, strict=True) if ROWS[name].timed]
     for axes in timed:
         for ax in axes:
-            ax.set_xlim(0, max(run.millions[-1] for run in runs))
+            ax.set_xlim(0, 1.005 * max(run.millions[-1] for run in runs))
             ax.tick_params(labelbottom=axes is timed[-1])
             if axes is timed[-1]:
                 ax.set_xlabel("training tokens (millions)")
     for ax, run in zip(panels[0], runs, strict=False):
-        layers, kind = run.title.split(", ", 1)
-        ax.set_title(f"{layers}, seed {run.seed}\n{kind}", fontsize=9)
-    errors = "Bands and bars: one standard error."
-    style.caption(figure, f"{note} {examples_note(runs, names)} {errors}")
+        ax.set_title(style.column_title(run), fontsize=9)
+    examples = examples_note(runs, names)
+    style.caption(figure, f"{note} {examples}. Bands and bars: one standard error.")
     return figure
 
 
-def examples_note(runs, names=()):
+def examples_note(runs, names):
     """On how many examples the numbers in the rows of those names are."""
-
-    def counted(numbers):
-        return " to ".join(f"{n:,}" for n in sorted({min(numbers), max(numbers)}))
-
-    note = (
-        f"{counted([run.evaluation['per_token_loss'].shape[1] for run in runs])} held-out examples"
-        " of 512 tokens"
-    )
-    if any(run.evaluation is run.measurements for run in runs):
-        note += " (some only at the positions of the score)"
+    note = style.examples_note(runs)
     if "R5" in names:
-        note += f", {counted([run.summary['examples'] for run in runs])} for black points"
-    if {"R8", "R9"} & set(names):
-        ablated = [run.ablations["examples"][0] for run in runs if has(run, "ablations.npz")]
-        note += f", {counted(ablated)} for ablations" * bool(ablated)
-    return note + "."
+        note += f", {style.counted(run.summary['examples'] for run in runs)} for black points"
+    ablated = [run.ablations["examples"][0] for run in runs if has(run, "ablations.npz")]
+    if ablated and {"R8", "R9"} & set(names):
+        note += f", {style.counted(ablated)} for ablations"
+    return note
 
 
 def has(run, record):
@@ -273,6 +263,7 @@ def draw_attribution(ax, run, name):
         if len(heads) > 1:
             total = sum(effects[:, *head] for head in heads)
             ax.plot(millions, total, ":", color=colour, lw=1.4, label=f"{kind}, sum")
+    ax.margins(y=0.15)  # room for names
     for layer, head in sorted(classes, key=lambda place: -abs(effects[-1, *place]))[:2]:
         colour = style.CLASS_COLOURS[classes[layer, head]]
         ax.annotate(

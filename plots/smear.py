@@ -16,7 +16,7 @@ import numpy as np
 sys.path.append(str(Path(__file__).parent.parent))
 
 from plots import style
-from plots.panels import BANDS, draw_curve, examples_note
+from plots.panels import BANDS, draw_curve
 from plots.style import plt
 
 
@@ -34,7 +34,7 @@ def draw(runs):
         ax.set_xlabel("training tokens (millions)")
     for ax in panels[:, 0]:
         ax.set_ylabel("in-context learning\nscore (nats)")
-    style.caption(figure, f"Figure F10 of the paper. Loss at {BANDS}; {examples_note(runs)}")
+    style.caption(figure, f"Figure F10 of the paper. Loss at {BANDS}; {style.examples_note(runs)}.")
     return figure
 
 
@@ -52,7 +52,7 @@ def draw_seeds(ax, runs):
     windows = [run.window for run in runs if run.window]
     if windows:
         style.shade(ax, np.median(windows, axis=0))
-    ax.set_xlim(0, runs[0].millions[-1])
+    ax.set_xlim(0, 1.005 * runs[0].millions[-1])
 
 
 main = style.script(__doc__, draw)

@@ -70,6 +70,26 @@ def caption(figure, text):
     figure.supxlabel(text, x=0.005, ha="left", fontsize=7.5, color="0.4")
 
 
+def examples_note(runs):
+    """What captions say of the examples that snapshots are measured on."""
+    n_examples = counted(run.evaluation["per_token_loss"].shape[1] for run in runs)
+    note = f"{n_examples} held-out examples of 512 tokens"
+    if any(run.evaluation is run.measurements for run in runs):
+        note += " (some only at the positions of the score)"
+    return note
+
+
+def counted(numbers):
+    """One number, or the range of several."""
+    different = sorted(set(numbers))
+    return " to ".join(f"{n:,}" for n in (different[0], different[-1])[: len(different)])
+
+
+def column_title(run):
+    layers, kind = run.title.split(", ", 1)
+    return f"{layers}, seed {run.seed}\n{kind}"
+
+
 def not_available(ax, why):
     """An empty panel that says so."""
     text = f"N/A\n{why}"

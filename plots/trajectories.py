@@ -179,12 +179,18 @@ def draw(runs):
     for panels, (plane, group, turns, members) in zip(axes, rows, strict=True):
         for ax, run in zip(panels, members, strict=False):
             draw_path(ax, run, plane, [other for other in group if other is not run])
-            ax.set_title(run.title + pivot_label(turns.get(run.name)), fontsize=8.5)
+            ax.set_title(style.column_title(run) + pivot_label(turns.get(run.name)), fontsize=8.5)
             ax.set_xlabel("PC 1 (nats)")
         label_axes(panels[0], plane)
         for ax in panels[len(members) :]:
             ax.set_axis_off()
     axes[0, 0].legend(loc="best")
+    style.caption(
+        figure,
+        "Figures F7 and F8 (A, B) of the paper: losses at one token of each of"
+        f" {style.examples_note(runs)}. Orange: the phase change. Angle: between the mean velocity"
+        " until it begins and that within it; of a run without one, in the others' median window.",
+    )
     return figure
 
 
