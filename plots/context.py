@@ -7,9 +7,9 @@ straight line in ln(position) is fitted to the positions around it, near ones co
 
 import numpy as np
 
-# standard deviation of the weights in ln(position): a factor of 1.5 to either side. Slopes of 400
-# examples are then good to 0.06 nats at position 10 and 0.03 at 50 (tokens differ by 2.5). With half
-# of it the examples' own hard words show as stripes, with twice the bend at 50 is smeared.
+# standard deviation of the weights in ln(position): a factor of 1.5 to either side. The slopes of
+# 400 examples are then good to 0.06 nats at position 10 and 0.03 at 50 (tokens differ by 2.5). Half
+# of it shows the examples' own hard words as stripes, twice of it smears the bend at 50.
 REACH = 0.4
 FIRST = 6  # before it too few positions are within reach to tell a slope
 N_PLACES = 64
