@@ -230,6 +230,18 @@ def test_every_row_of_the_table_shows_its_records(one, two):
     style.plt.close(figure)
 
 
+def test_one_layer_is_compared_with_on_its_own_corpus(tmp_path, one, two):
+    books = load_run(make_run(tmp_path / "2L-books", 2, corpus="books"))
+    figure = analysis_table.draw([one, two, books], rows="R2")
+    axes = panels_of(figure, 1, 3)
+    grey = [
+        [x.get_ydata() for x in ax.get_lines() if x.get_color() == style.QUIET] for ax in axes[0]
+    ]
+    assert [len(lines) for lines in grey] == [0, 1, 0]
+    assert np.array_equal(grey[1][0], one.measurements["loss"])
+    style.plt.close(figure)
+
+
 def test_empty_panels_say_why(one, two):
     add_ablations(one.folder, 1, change=False)
     rows = [{"head": "0:0", "qk_match": None, "qk_match_direct": None}]
