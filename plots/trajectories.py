@@ -89,7 +89,8 @@ def pivot_angle(points, tokens, window):
     start, end = (np.abs(tokens - edge).argmin() for edge in window)
     before, within = points[start] - points[0], points[end] - points[start]
     length = np.linalg.norm(before) * np.linalg.norm(within)
-    return np.degrees(np.arccos(np.clip(before @ within / length, -1, 1))) if length else np.nan
+    cosine = np.clip(before @ within / length, -1, 1) if length else np.nan
+    return float(np.degrees(np.arccos(cosine)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,7 @@ def pivots(runs):
     windows = windows or [run.window for run in runs if run.window]
     if not windows:
         return {}
-    plane, usual, found = joint_pca(runs), tuple(np.median(windows, axis=0)), {}
+    plane, usual, found = joint_pca(runs), tuple(np.median(windows, axis=0).tolist()), {}
     for run in runs:
         millions, losses = losses_through_training(run)
         window = run.window or usual
