@@ -39,7 +39,7 @@ def draw(runs, rows=EVERY_ROW, plane=()):
         if name not in ROWS:
             raise BadInput(f"--rows {name}: no such row: they are {', '.join(ROWS)}")
     others = [load_run(folder) for folder in plane]
-    return grid(runs, names, "Model analysis table of the paper.", others, height=1.65)
+    return grid(runs, names, "Model analysis table of the paper.", others, width=2.2, height=1.65)
 
 
 def add_flags(add):

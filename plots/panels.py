@@ -49,13 +49,14 @@ class Row:
     timed: bool = True  # is the x axis training time?
 
 
-def grid(runs, names, note, in_plane=(), height=1.9):
+def grid(runs, names, note, in_plane=(), width=2.55, height=1.9):
     """-> a figure with a column for each run, the rows of those names and, beside each, its key.
 
     note: what the figure is in the paper. in_plane: other runs that share the trajectories' plane.
+    width, height: of a panel, inches.
     """
     shown = Shown(runs, [*runs, *in_plane])
-    size = (2 + 2.55 * len(runs), 0.9 + height * len(names))
+    size = (2 + width * len(runs), 0.9 + height * len(names))
     figure = plt.figure(figsize=size, layout="constrained")
     cells = figure.add_gridspec(len(names), len(runs) + 1, width_ratios=[1] * len(runs) + [0.55])
     panels = cells.subplots(squeeze=False)

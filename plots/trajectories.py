@@ -84,7 +84,7 @@ def pivot_angle(points, tokens, window):
     snapshots next to 0, start and end count.
 
     In the plane a straight path has 0 and the paper's "orthogonal pivot" 90. In the space of all
-    losses angles are near 90 for any path: tokens are learned one after the other.
+    losses angles are not far from 90 with or without a pivot: other tokens are learned later.
     """
     start, end = (np.abs(tokens - edge).argmin() for edge in window)
     before, within = points[start] - points[0], points[end] - points[start]
