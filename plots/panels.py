@@ -70,7 +70,7 @@ def grid(runs, names, note, in_plane=(), width=2.55, height=1.9):
             if axes is timed[-1]:
                 ax.set_xlabel("training tokens (millions)")
     for ax, run in zip(panels[0], runs, strict=False):
-        ax.set_title(style.column_title(run), fontsize=9)
+        ax.set_title(style.column_title(run), fontsize=8.5)
     examples = examples_note(runs, names)
     style.caption(figure, f"{note} {examples}. Bands and bars: one standard error.")
     return figure
@@ -125,7 +125,8 @@ def explain_lines(axes, key):
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             lines.setdefault(label, handle)
-    key.legend(lines.values(), lines, loc="center left", borderaxespad=0)
+    labels = sorted(lines)  # in the same order in all figures
+    key.legend([lines[label] for label in labels], labels, loc="center left", borderaxespad=0)
 
 
 def draw_trajectory(ax, run, shown):

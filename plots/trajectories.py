@@ -145,8 +145,8 @@ def draw_path(ax, run, plane, others=()):
             )
     colour = style.depth_colour(run.n_layers)
     ax.plot(*points.T, color=colour, lw=1.6, marker=".", ms=4)
-    ax.plot(*points[0], marker="o", ms=6, mfc="white", mec=colour, ls="", label="start")
-    ax.plot(*points[-1], marker="s", ms=6, mfc=colour, mec=colour, ls="", label="end")
+    ax.plot(*points[0], marker="o", ms=6, mfc="white", mec=colour, ls="", label="first snapshot")
+    ax.plot(*points[-1], marker="s", ms=6, mfc=colour, mec=colour, ls="", label="last snapshot")
     tip = quarter_way(points)
     arrow = {"arrowstyle": "-|>", "color": colour, "mutation_scale": 16, "shrinkB": 0}
     ax.annotate("", points[tip], points[tip - 1], arrowprops=arrow)
