@@ -51,6 +51,8 @@ class Check:
     form: str  # of a value; none: the words tell it
 
     def __str__(self):
+        if not self.values:
+            return f"{self.what}: no records"
         numbers = [value for value in self.values.values() if not math.isnan(value)]
         told = self.what
         if self.form:
@@ -105,8 +107,8 @@ def having(models, *files):
 
 
 def families(runs, least=2):
-    """Models that differ in size alone, smallest first, one layer left out: {what differs: runs}.
-    Only with so many models at least.
+    """Models that differ in size alone, smallest first, one layer left out: {what differs: runs};
+    none of them if they are fewer than `least`.
     """
     plain = [run for run in deep(runs) if run.seed == 0]
     wide = [run for run in runs.values() if run.series == "width"]
@@ -116,7 +118,9 @@ def families(runs, least=2):
         "depth, with MLPs": [run for run in plain if run.series == "with MLPs"],
         "width": wide + [run for run in plain if shape(run) in shapes],
     }
-    return {name: sorted(some, key=size) for name, some in found.items() if len(some) >= least}
+    return {
+        name: sorted(some, key=size) if len(some) >= least else [] for name, some in found.items()
+    }
 
 
 def shape(run):

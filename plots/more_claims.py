@@ -102,8 +102,8 @@ def heads_in_the_first_half(runs):
         return (layers < run.n_layers / 2).mean() if len(layers) else NONE
 
     large = [run for run in runs.values() if run.n_layers >= 24]
-    yield check("share", by_name(large, share), lambda share: share > 0.5, ".0%")
-    yield check("layers", by_name(runs.values(), lambda run: run.n_layers), form="d")
+    yield check("24 layers or more", by_name(large, share), lambda share: share > 0.5, ".0%")
+    yield check("models of layers", by_name(runs.values(), lambda run: run.n_layers), form="d")
 
 
 def of_heads(models, *names):
@@ -167,14 +167,10 @@ def prefix_matching_is_in_the_trace(runs):
     command="plots/sizes.py {runs}/[2-6]L",
 )
 def same_score_for_all_sizes(runs):
-    spreads = {
-        f"{name} ({len(models)} models)": analysis.relative_range(
-            [*scores(models, "score").values()]
-        )
-        for name, models in families(runs).items()
-    }
-    for name, spread in spreads.items():
-        yield check(name, {"": spread}, lambda spread: spread <= 0.25, ".0%")
+    def spread(models):
+        return analysis.relative_range([*scores(models, "score").values()])
+
+    yield from of_families(families(runs), spread, lambda spread: spread <= 0.25, ".0%")
 
 
 @claim(
@@ -186,13 +182,14 @@ def same_score_for_all_sizes(runs):
     command="plots/sizes.py {runs}/2L {runs}/2L-d*",
 )
 def same_curve_for_all_sizes(runs):
-    for name, models in evaluated_families(runs).items():
+    def difference(models):
         losses = np.stack([run.evaluation["loss_by_position"][-1] for run in models])
         positions, curves = analysis.loss_to_last(losses)
         late = curves[:, positions >= 10]
-        difference = np.ptp(late, axis=0).max() / abs(late[:, 0].mean())
-        what = f"{name} ({len(models)} models)"
-        yield check(what, {"": difference}, lambda share: share <= 0.25, ".0%")
+        return np.ptp(late, axis=0).max() / abs(late[:, 0].mean())
+
+    found = families(evaluated(runs))
+    yield from of_families(found, difference, lambda share: share <= 0.25, ".0%")
 
 
 @claim(
@@ -204,16 +201,24 @@ def same_curve_for_all_sizes(runs):
     command="plots/sizes.py {runs}/2L {runs}/2L-d*",
 )
 def lead_by_the_tenth_token(runs):
-    for name, models in evaluated_families(runs).items():
-        *smaller, (_, largest) = by_name(
-            models, lambda run: run.evaluation["loss_by_position"][-1]
-        ).items()
-        shares = {other: analysis.gap_share(losses, largest) for other, losses in smaller}
+    for name, models in families(evaluated(runs)).items():
+        losses = by_name(models, lambda run: run.evaluation["loss_by_position"][-1])
+        shares = {
+            run.name: analysis.gap_share(losses[run.name], losses[models[-1].name])
+            for run in models[:-1]
+        }
         yield check(name, shares, lambda share: share > 0.5, ".0%")
 
 
-def evaluated_families(runs):
-    return families({run.name: run for run in having(runs.values(), "evaluation.npz")})
+def evaluated(runs):
+    return {name: run for name, run in runs.items() if run.has("evaluation.npz")}
+
+
+def of_families(found, value, holds, form):
+    """A check of value(models) for each family."""
+    for name, models in found.items():
+        what = f"{name} ({len(models)} models)" if models else name
+        yield check(what, {"": value(models)} if models else {}, holds, form)
 
 
 @claim(
@@ -225,12 +230,16 @@ def evaluated_families(runs):
     command="plots/sizes.py {runs}/2L {runs}/2L-d*",
 )
 def order_inverts(runs):
-    changed = {name: run for name, run in runs.items() if run.window}
-    for name, models in families(changed, least=3).items():
+    def order(models, when):
         curves, windows = ([of(run) for run in models] for of in (loss_curve, window_in_tokens))
-        before, after = analysis.order_of_learning([*map(size, models)], curves, windows)
-        yield check(f"{name} ({len(models)} models): before", {"": before}, lambda r: r <= -0.5)
-        yield check("after", {"": after}, lambda r: r >= 0.5)
+        return analysis.order_of_learning([*map(size, models)], curves, windows)[when]
+
+    changed = {name: run for name, run in runs.items() if run.window}
+    found = families(changed, least=3)
+    before = {f"before, {name}": models for name, models in found.items()}
+    after = {f"after, {name}": models for name, models in found.items()}
+    yield from of_families(before, lambda models: order(models, 0), lambda r: r <= -0.5, "+.2f")
+    yield from of_families(after, lambda models: order(models, 1), lambda r: r >= 0.5, "+.2f")
 
 
 # --- the experiment itself

@@ -38,7 +38,7 @@ def claim_row(claim, runs, folder):
         "": claim.name,
         "claim": f"{claim.words}.<br>*Counts if:* {claim.counts}",
         "paper": claim.paper,
-        "ours": "; ".join(str(check) for check in checks if check.values),
+        "ours": "; ".join(map(str, checks)) if any(check.values for check in checks) else "",
         "verdict": f"**{verdict(checks)}**",
         "figure": picture,
         "command": f"`{command}`",
