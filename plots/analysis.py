@@ -7,6 +7,7 @@ positions are counted from 1, as in metrics.py. plots/claims.py says what follow
 import itertools
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 SETTLED = 0.02  # of training: what comes before is the model's start, not its way
 
@@ -32,15 +33,19 @@ def curvature(tokens, loss, reach=5):
     """d2 loss / d tokens2 and its standard error, [snapshot] each: of the parabola that fits the
     2 x reach + 1 snapshots around best; nan where there are fewer.
     """
+    width = 2 * reach + 1
     found = np.full((2, len(loss)), np.nan)
-    for n in range(reach, len(loss) - reach):
-        near = slice(n - reach, n + reach + 1)
-        x = (tokens[near] - tokens[n]) / np.ptp(tokens[near])
-        powers = np.stack([x**2, x, np.ones_like(x)], axis=1)
-        fit = np.linalg.lstsq(powers, loss[near], rcond=None)[0]
-        variance = ((loss[near] - powers @ fit) ** 2).sum() / (len(x) - 3)
-        error = np.sqrt(variance * np.linalg.inv(powers.T @ powers)[0, 0])
-        found[:, n] = np.array([fit[0], error]) * 2 / np.ptp(tokens[near]) ** 2
+    if len(loss) < width:
+        return found
+    x, y = (sliding_window_view(values, width) for values in (tokens, loss))
+    span = np.ptp(x, axis=1)
+    x = (x - x[:, [reach]]) / span[:, None]
+    powers = np.stack([x**2, x, np.ones_like(x)], axis=-1)  # [fit, snapshot, power]
+    solve = np.linalg.pinv(powers)
+    fits = solve @ y[..., None]
+    variance = ((y - (powers @ fits)[..., 0]) ** 2).sum(axis=1) / (width - 3)
+    error = np.sqrt(variance * (solve[:, 0] ** 2).sum(axis=1))
+    found[:, reach:-reach] = np.stack([fits[:, 0, 0], error]) * 2 / span**2
     return found
 
 

@@ -56,7 +56,7 @@ class Check:
         numbers = [value for value in self.values.values() if not math.isnan(value)]
         told = self.what
         if self.form:
-            ends = [format(end, self.form) for end in (min(numbers), max(numbers))] or ["none"]
+            ends = [format(end(numbers), self.form) for end in (min, max) if numbers] or ["none"]
             told += " " + " to ".join(dict.fromkeys(ends))  # one number where both are the same
         if not self.holds:
             return told

@@ -106,20 +106,22 @@ def they_come_together(runs):
     command="plots/phase_change.py {runs}/[1-6]L",
 )
 def one_layer_lacks_it(runs):
-    def has_bump(run):
-        inside, outside = analysis.bump(*loss_curve(run), window_in_tokens(run))
-        return inside if run.window else outside
+    def bumps(run):
+        """In the window, elsewhere."""
+        return analysis.bump(*loss_curve(run), window_in_tokens(run))
 
     quantities = {
         "window": lambda run: run.window is not None,
         "matching head": lambda run: bool(run.heads_that_match()),
         "induction head": lambda run: "induction" in run.head_classes().values(),
-        "bump": has_bump,
     }
     for what, has in quantities.items():
         yield check(f"one layer: no {what}", by_name(shallow(runs), has), operator.not_, "")
     for what, has in quantities.items():
         yield check(f"deeper: {what}", by_name(deep(runs), has), bool, "")
+    any_bump, in_window = (lambda run: any(bumps(run))), (lambda run: bumps(run)[0])
+    yield check("one layer: no bump", by_name(shallow(runs), any_bump), operator.not_, "")
+    yield check("deeper: bump", by_name(deep(runs), in_window), bool, "")
 
 
 @claim(
@@ -251,7 +253,7 @@ def heads_carry_it(runs):
     yield check("others at 0 or below", others, lambda share: share > 0.5, ".0%")
     usual = np.mean([*ones.values()]) if ones else NONE
     yield check("left without them", left, lambda score: abs(score - usual) <= 0.1)
-    yield check("one layer", ones)
+    yield check("one layer", ones if left else {})
     yield check("examples", by_name(models, lambda run: run.ablations["examples"][-1]), form=",")
 
 

@@ -118,7 +118,7 @@ def tables(folder):
 
 def between_comments(text, name):
     """The match of the two comments and of what is between them."""
-    found = re.search(rf"(<!-- {name} -->\n)(.*?)(\n<!-- end of {name} -->)", text, re.DOTALL)
+    found = re.search(rf"(<!-- {name} -->\n)(.*?)\n?(<!-- end of {name} -->)", text, re.DOTALL)
     if not found:
         raise BadInput(
             f"no place for the table: put <!-- {name} --> and <!-- end of {name} --> there"
@@ -129,7 +129,7 @@ def between_comments(text, name):
 def put(text, name, table):
     """The text with the table between its two comments."""
     found = between_comments(text, name)
-    return f"{text[: found.end(1)]}{table}{text[found.start(3) :]}"
+    return f"{text[: found.end(1)]}{table}\n{text[found.start(3) :]}"
 
 
 @one_line_errors
