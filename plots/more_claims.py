@@ -15,6 +15,7 @@ from plots.checks import (
     check,
     claim,
     deep,
+    evaluated,
     families,
     having,
     loss_curve,
@@ -34,7 +35,7 @@ from plots.checks import (
     " labels of the same kind",
     paper="65 % for one head of a 13B model; copying 0.89, 0.20, 0.69 and prefix matching 0.75,"
     " 0.85, 0.94 for three",
-    figure="token_views",
+    figure="token-views",
     command="plots/token_views.py {runs}/2L",
 )
 def fuzzy_matching(runs):
@@ -66,7 +67,7 @@ def share_in_layer(run, layer):
     words="Attention-only: the heads that match prefixes are in the last layer",
     counts="more than half of them in every model",
     paper="in the last layer",
-    figure="head_positions",
+    figure="head-positions",
     command="plots/head_positions.py {runs}/[1-6]L",
 )
 def heads_in_the_last_layer(runs):
@@ -79,7 +80,7 @@ def heads_in_the_last_layer(runs):
     words="With MLPs: in five or six layers they are in the second-to-last",
     counts="more than half of them in every model",
     paper="mostly second-to-last layer",
-    figure="head_positions_mlp",
+    figure="head-positions-mlp",
     command="plots/head_positions.py {runs}/[1-6]L-mlp",
 )
 def heads_in_the_second_to_last_layer(runs):
@@ -93,7 +94,7 @@ def heads_in_the_second_to_last_layer(runs):
     words="In large models they are in the first half",
     counts="more than half of them in every model of 24 layers or more",
     paper="in 24 and 40 layers most come before half the depth",
-    figure="head_positions_width",
+    figure="head-positions-width",
     command="plots/head_positions.py {runs}/2L {runs}/2L-d*",
 )
 def heads_in_the_first_half(runs):
@@ -163,7 +164,7 @@ def prefix_matching_is_in_the_trace(runs):
     words="The in-context learning score is the same for all sizes",
     counts="its range over the models of two layers and more is a quarter of its mean or less",
     paper="about 0.4 nats for all",
-    figure="sizes_depth",
+    figure="sizes-depth",
     command="plots/sizes.py {runs}/[2-6]L",
 )
 def same_score_for_all_sizes(runs):
@@ -178,7 +179,7 @@ def same_score_for_all_sizes(runs):
     words="Loss by context index, less that at the last one, is the same for all sizes",
     counts="from the 10th token on models differ by a quarter or less of what comes after the 10th",
     paper="the curves nearly coincide",
-    figure="sizes_width",
+    figure="sizes-width",
     command="plots/sizes.py {runs}/2L {runs}/2L-d*",
 )
 def same_curve_for_all_sizes(runs):
@@ -188,7 +189,7 @@ def same_curve_for_all_sizes(runs):
         late = curves[:, positions >= 10]
         return np.ptp(late, axis=0).max() / abs(late[:, 0].mean())
 
-    found = families(evaluated(runs))
+    found = families({run.name: run for run in evaluated(runs.values())})
     yield from of_families(found, difference, lambda share: share <= 0.25, ".0%")
 
 
@@ -197,21 +198,17 @@ def same_curve_for_all_sizes(runs):
     words="Most of a large model's lead is there by the 10th token",
     counts="more than half of each smaller model's gap to the largest",
     paper="formed in the first 10 tokens, then flat",
-    figure="sizes_width",
+    figure="sizes-width",
     command="plots/sizes.py {runs}/2L {runs}/2L-d*",
 )
 def lead_by_the_tenth_token(runs):
-    for name, models in families(evaluated(runs)).items():
+    for name, models in families({run.name: run for run in evaluated(runs.values())}).items():
         losses = by_name(models, lambda run: run.evaluation["loss_by_position"][-1])
         shares = {
             run.name: analysis.gap_share(losses[run.name], losses[models[-1].name])
             for run in models[:-1]
         }
         yield check(name, shares, lambda share: share > 0.5, ".0%")
-
-
-def evaluated(runs):
-    return {name: run for name, run in runs.items() if run.has("evaluation.npz")}
 
 
 def of_families(found, value, holds, form):
@@ -226,7 +223,7 @@ def of_families(found, value, holds, form):
     words="Before the window small models learn faster, after it large ones",
     counts="rank correlation of size and -d loss / d ln tokens: -0.5 or less, then +0.5 or more",
     paper="the order of the curves inverts",
-    figure="sizes_width",
+    figure="sizes-width",
     command="plots/sizes.py {runs}/2L {runs}/2L-d*",
 )
 def order_inverts(runs):
@@ -272,7 +269,7 @@ def evidence(runs):
     words="No change of the schedule makes the window",
     counts="warm-up ends before it starts, and weight decay does not change before it ends",
     paper="warm-up ends at 1.5 billion tokens; weight decay falls after the window",
-    figure="phase_change",
+    figure="phase-change-attention-only",
     command="plots/phase_change.py {runs}/[1-6]L",
 )
 def schedule_does_not_make_it(runs):

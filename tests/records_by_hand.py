@@ -110,10 +110,11 @@ def make_run(folder, knobs, n_layers, mlp=False, width=128, smear=False, rank=0)
     config = {"n_layers": n_layers, "n_heads": 2, "d_model": width, "smear": smear}
     config["d_mlp"] = 4 * width if mlp else 0
     recipe = {"warmup_tokens": knobs["warmup"], "weight_decay_later": knobs["decay_later"]}
+    recipe["whole"] = 0.25
     made = {"config": config, "recipe": recipe, "seed": 0, "scale": "mini"}
     made |= {"corpus": {"data": "python", "sha256": "0"}, "machine": {"device": "by hand"}}
     heads = make_heads(knobs, n_layers, lacks, knobs["mlp_layer" if mlp else "layer"])
-    best = {"head": heads[0]["head"], "score": 0.5}
+    best = {"head": f"{n_layers - 1}:0", "score": 0.5}
     end = knobs["one_end"] if lacks else knobs["smear_end"] if smear and n_layers == 1 else None
     end = knobs["end"] * (1 + knobs["spread"] * rank) if end is None else end
     half = knobs["smear_half"] if smear else knobs["half"]
@@ -133,7 +134,12 @@ def make_run(folder, knobs, n_layers, mlp=False, width=128, smear=False, rank=0)
     }
     write(folder / "run.json", made)
     write(folder / "summary.json", summary)
-    np.savez(folder / "measurements.npz", tokens=TOKENS, loss=loss_curve(knobs, lacks, rank))
+    np.savez(
+        folder / "measurements.npz",
+        tokens=TOKENS,
+        loss=loss_curve(knobs, lacks, rank),
+        per_token_loss=np.zeros((len(TOKENS), 88)),
+    )
     slope = "one_slope" if lacks else "slope_after"
     slopes = [knobs["one_slope" if lacks else "slope_before"], knobs[slope], knobs[slope]]
     np.savez(
@@ -154,16 +160,17 @@ def make_run(folder, knobs, n_layers, mlp=False, width=128, smear=False, rank=0)
 
 
 def make_heads(knobs, n_layers, lacks, layer):
-    """The first row is the one that matches prefixes."""
-    layer = layer % n_layers
-    score = {"prefix_matching": knobs["one_prefix" if lacks else "prefix"], "previous_token": 0.01}
-    copying = 0.2 if lacks else knobs["copying"]
-    kind = "induction" if score["prefix_matching"] >= 0.4 and copying > 0 else "other"
-    rows = [{"head": f"{layer}:0", **score, "copying": copying, "class": kind}]
+    """One head matches prefixes: the first of the layer."""
+    rows = []
     for place in np.ndindex(n_layers, 2):
-        if place != (layer, 0):
-            rest = {"prefix_matching": 0.0, "copying": -0.9 + 0.05 * place[0], "class": "other"}
-            rows.append({"head": "{}:{}".format(*place), "previous_token": 0.1, **rest})
+        row = {"head": "{}:{}".format(*place), "prefix_matching": 0.0, "previous_token": 0.1}
+        row |= {"copying": -0.9 + 0.05 * place[0], "class": "other"}
+        if place == (layer % n_layers, 0):
+            row["prefix_matching"] = knobs["one_prefix" if lacks else "prefix"]
+            row["copying"] = 0.2 if lacks else knobs["copying"]
+            if row["prefix_matching"] >= 0.4 and row["copying"] > 0:
+                row["class"] = "induction"
+        rows.append(row)
     return rows
 
 
@@ -200,7 +207,8 @@ def path(degrees):
 def write_ablations(folder, knobs, heads, n_layers):
     attribution = np.full((len(EVALUATED), n_layers, 2), knobs["other_attribution"])
     along = np.zeros_like(attribution)
-    place = tuple(map(int, heads[0]["head"].split(":")))
+    best = max(heads, key=lambda row: row["prefix_matching"])
+    place = tuple(map(int, best["head"].split(":")))
     attribution[:, *place], along[:, *place] = knobs["attribution"], knobs["along"]
     attribution[0] = 9  # before the window, where nothing is asked
     np.savez(
