@@ -62,8 +62,8 @@ def draw(runs):
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
     style.caption(
         figure,
-        f"Paper: figures A5 and A6. All heads of {len(runs)} models at the end of training, for QK"
-        " those that an earlier layer or a smeared key tells what came before.",
+        f"Paper: figures A5 and A6. All heads of {len(runs)} models at the end of training, QK:"
+        " where an earlier layer or a smeared key tells what came before.",
     )
     return figure
 

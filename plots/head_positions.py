@@ -39,8 +39,8 @@ def draw(runs):
     axes[0, 0].set_ylim(-0.04, 1)
     style.caption(
         figure,
-        "Paper: figures A1 to A3. Heads at the end of training, on 10 sequences of repeated random"
-        f" tokens; from the dotted line ({PREFIX_MATCHING}) on they are said to match prefixes.",
+        "Paper: figures A1 to A3. At the end of training, 10 sequences of repeated random tokens;"
+        f" dotted: {PREFIX_MATCHING}, from where on a head is said to match prefixes.",
     )
     return figure
 

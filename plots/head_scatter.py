@@ -30,9 +30,9 @@ def draw(runs):
     wide = [run for run in runs if run.series == "width"]
     panels = {"Models of one width": [run for run in runs if run.series != "width"]}
     if wide:
-        panels["Width sweep (in place of full-scale models)"] = wide
+        panels["Width sweep, for full-scale models"] = wide
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(1.5 + 4.6 * len(panels), 4.3), layout="constrained",
+        1, len(panels), figsize=(2.4 + 4 * len(panels), 4.3), layout="constrained",
         sharex=True, sharey=True, squeeze=False,
     )  # fmt: skip
     for ax, (title, some) in zip(axes[0], panels.items(), strict=True):
@@ -40,6 +40,7 @@ def draw(runs):
         ax.set_title(title if wide else "")
         ax.set_xlabel("prefix matching (0 to 1)")
     axes[0, 0].set(ylabel="copying (-1 to 1)", xlim=(-0.03, 1), ylim=(-1, 1))
+    figure.legend(handles=legend(runs), loc="outside right center", handletextpad=0.2)
     n_heads = sum(len(run.summary["heads"]) for run in runs)
     style.caption(
         figure,
@@ -66,17 +67,21 @@ def draw_heads(ax, runs):
             alpha=0.85,
             clip_on=False,
         )
-    kinds = dict.fromkeys((run.series, run.n_layers) for run in sorted(runs, key=depth))
-    for series, n_layers in kinds:
-        label = f"{n_layers} layer{'s' * (n_layers > 1)}"
-        label += f", {series}" * (len({series for series, _ in kinds}) > 1)
-        colour = style.depth_colour(n_layers)
-        ax.plot([], [], MARKERS[series], color=colour, mec="white", label=label)
-    if kinds:
-        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), handletextpad=0.2)
 
 
-def depth(run):
+def legend(runs):
+    """A handle for every kind of model among them."""
+    kinds = dict.fromkeys((run.series, run.n_layers) for run in sorted(runs, key=kind))
+    return [
+        plt.Line2D(
+            [], [], ls="", marker=MARKERS[series], color=style.depth_colour(n_layers), mec="white",
+            label=f"{n_layers} layer{'s' * (n_layers > 1)}, {series}",
+        )
+        for series, n_layers in kinds
+    ]  # fmt: skip
+
+
+def kind(run):
     return list(MARKERS).index(run.series), run.n_layers
 
 

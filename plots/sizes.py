@@ -60,7 +60,7 @@ def draw(runs):
     style.caption(
         figure,
         f"Paper: figures F16 to F18. F16 and F17 at the end of training on {n_examples:,} examples,"
-        " in bins of equal width in ln index; the last bin is the last index.\nF18 on"
+        " in bins of equal width in ln index; the last bin is the last index. F18 on"
         f" {runs[0].measurements['per_token_loss'].shape[1]} examples at every snapshot, slopes of"
         " lines fitted in ln tokens; phase changes shaded.",
     )
