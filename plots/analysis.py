@@ -142,10 +142,12 @@ def loss_to_last(loss_by_position):
 
 def gap_share(small, large, position=10):
     """Share of the gap between two models' losses by position, averaged over the last quarter of
-    the context, that is there by the given position.
+    the context, that is there by the given position (a mean over five); nan if the large model is
+    no better.
     """
     gap = small - large
-    return smooth(gap[: 2 * position - 1], reach=2)[position - 1] / gap[-len(gap) // 4 :].mean()
+    last = gap[-len(gap) // 4 :].mean()
+    return gap[position - 3 : position + 2].mean() / last if last > 0 else np.nan
 
 
 # --- over heads

@@ -116,19 +116,42 @@ def of_heads(models, *names):
     return np.array([row for row in numbers if None not in row]).reshape(-1, len(names)).T
 
 
-def correlated(runs, score, weights, least):
-    """Checks of both coefficients between a head's score and its weights' number on the direct
-    path; the coefficients on all paths beside them. least(number of heads): the smallest that
-    counts.
+def coefficients(what, x, y, least=None):
+    """Checks of Pearson's and Spearman's coefficient, least(number of heads) the smallest that
+    counts; without it they are only told.
     """
+    if len(x) < 3:
+        return
+    holds = least and functools.partial(operator.le, least(len(x)))
+    for name, coefficient in ("Pearson", analysis.pearson), ("Spearman", analysis.spearman):
+        yield check(f"{name}, {what}{len(x)} heads", {"": coefficient(x, y)}, holds)
+
+
+def two_errors(n):
+    """Above 0 by two standard errors of the coefficient of n pairs that have nothing in common."""
+    return 2 / (n - 1) ** 0.5
+
+
+def with_weights(runs, score, weights, least):
+    """A head's score and its weights' number: on the direct path, and, only told, on all paths."""
     models = having(small(runs, "attention-only"), "circuits.json")
-    for path, suffix in ("direct", "_direct"), ("all paths", ""):
-        x, y = of_heads(models, weights + suffix, score)
-        if len(x) < 3:
-            return
-        holds = functools.partial(operator.le, least(len(x))) if path == "direct" else None
-        for name, coefficient in ("Pearson", analysis.pearson), ("Spearman", analysis.spearman):
-            yield check(f"{name}, {path}, {len(x)} heads", {"": coefficient(x, y)}, holds)
+    yield from coefficients("direct, ", *of_heads(models, weights + "_direct", score), least)
+    yield from coefficients("all paths, ", *of_heads(models, weights, score))
+
+
+@claim(
+    name="Q13 (A4)",
+    words="Heads that match prefixes copy",
+    counts="both coefficients of correlation, over all heads of plain models, above 0 by two"
+    " standard errors, 2 / sqrt(heads - 1)",
+    paper="heads do both or neither",
+    figure="head-scatter",
+    command="plots/head_scatter.py {runs}/*",
+)
+def matching_heads_copy(runs):
+    rows = [row for run in small(runs) for row in run.summary["heads"]]
+    x, y = ([row[score] for row in rows] for score in ("prefix_matching", "copying"))
+    yield from coefficients("", x, y, two_errors)
 
 
 @claim(
@@ -140,20 +163,19 @@ def correlated(runs, score, weights, least):
     command="plots/eigenvalues.py {runs}/[1-6]L",
 )
 def copying_is_in_the_eigenvalues(runs):
-    yield from correlated(runs, "copying", "ov_copying", lambda n: 0.5)
+    yield from with_weights(runs, "copying", "ov_copying", lambda n: 0.5)
 
 
 @claim(
     name="Q13 (A6)",
     words="Prefix matching is what the trace of QK through previous-token heads says",
-    counts="both coefficients above 0 by two standard errors, 2 / sqrt(heads - 1), on the direct"
-    " path",
+    counts="both coefficients above 0 by two standard errors, on the direct path",
     paper="positive",
     figure="eigenvalues",
     command="plots/eigenvalues.py {runs}/[1-6]L",
 )
 def prefix_matching_is_in_the_trace(runs):
-    yield from correlated(runs, "prefix_matching", "qk_match", lambda n: 2 / (n - 1) ** 0.5)
+    yield from with_weights(runs, "prefix_matching", "qk_match", two_errors)
 
 
 # --- models of different sizes
@@ -202,13 +224,30 @@ def same_curve_for_all_sizes(runs):
     command="plots/sizes.py {runs}/2L {runs}/2L-d*",
 )
 def lead_by_the_tenth_token(runs):
+    yield from against_largest(runs, analysis.gap_share, lambda share: share > 0.5, ".0%")
+
+
+@claim(
+    name="Q14 (note 27)",
+    words="Around the 100th token small models gain more from context",
+    counts="d loss / d ln position from token 50 to 200 is lower than in the largest model",
+    paper="slightly steeper",
+    figure="sizes-width",
+    command="plots/sizes.py {runs}/2L {runs}/2L-d*",
+)
+def small_models_are_steeper(runs):
+    def steeper(losses, largest):
+        return analysis.context_slope(losses - largest, 50, 200)
+
+    yield from against_largest(runs, steeper, lambda slope: slope < 0, "+.3f")
+
+
+def against_largest(runs, value, holds, form):
+    """A check for each family of value(losses by position, those of the largest model)."""
     for name, models in families({run.name: run for run in evaluated(runs.values())}).items():
         losses = by_name(models, lambda run: run.evaluation["loss_by_position"][-1])
-        shares = {
-            run.name: analysis.gap_share(losses[run.name], losses[models[-1].name])
-            for run in models[:-1]
-        }
-        yield check(name, shares, lambda share: share > 0.5, ".0%")
+        smaller = {run.name: value(losses[run.name], [*losses.values()][-1]) for run in models[:-1]}
+        yield check(name, smaller, holds, form)
 
 
 def of_families(found, value, holds, form):

@@ -40,6 +40,7 @@ GOOD = {
     "spread": 0.0,  # of scores over sizes
     "context_spread": 0.0,
     "early_share": 1.0,  # of the gap between sizes
+    "steeper": 1e-5,  # of smaller sizes around the 100th token
     "order": (-0.1, 0.05),  # speed that a larger size adds before and after
     "warmup": 1e5,
     "decay_later": None,
@@ -58,7 +59,7 @@ WORST = GOOD | {
     "bump": 0.0,
     "late_bump": 0.3,
     "prefix": 0.45,
-    "copying": -0.2,
+    "copying": -0.99,
     "one_prefix": 0.6,
     "slope_before": -0.3,
     "slope_after": 0.0,
@@ -77,6 +78,7 @@ WORST = GOOD | {
     "spread": 0.4,
     "context_spread": 0.5,
     "early_share": 0.1,
+    "steeper": -0.6,
     "order": (0.1, -0.05),
     "warmup": 5e6,
     "decay_later": (1000, 0.01),
@@ -193,6 +195,7 @@ def context_curve(knobs, slope, rank):
     position = np.arange(1, 513)
     slope += knobs["context_spread"] * rank
     loss = 6 - np.log(np.minimum(position, 50)) + slope * np.log(np.maximum(position, 50) / 50)
+    loss += knobs["steeper"] * rank * np.log(position.clip(50, 200) / 50)
     return loss - 0.1 * rank * np.where(position <= 12, knobs["early_share"], 1)
 
 

@@ -113,6 +113,7 @@ def test_slope_over_the_context_begins_beyond_the_fiftieth_token():
     bent = np.log(np.minimum(position, 50)) - 0.1 * np.log(np.maximum(position, 50))
     losses = np.stack([bent, 2 * bent])
     assert analysis.context_slope(losses) == pytest.approx([-0.1, -0.2], rel=1e-3)
+    assert analysis.context_slope(losses, 1, 50) == pytest.approx([1, 2], rel=1e-2)
 
 
 def test_loss_to_the_last_bin():
@@ -125,6 +126,7 @@ def test_share_of_a_gap_by_the_tenth_token():
     large = np.linspace(5, 3, 512)
     gap = np.where(np.arange(1, 513) < 100, 0.3, 0.4)
     assert analysis.gap_share(large + gap, large) == pytest.approx(0.75)
+    assert np.isnan(analysis.gap_share(large, large + gap))
 
 
 def test_positive_share_counts_what_is_positive_alone():
