@@ -146,7 +146,7 @@ def with_weights(runs, score, weights, least):
     " standard errors, 2 / sqrt(heads - 1)",
     paper="heads do both or neither",
     figure="head-scatter",
-    command="plots/head_scatter.py {runs}/*",
+    command="plots/head_scatter.py {runs}/*L*",
 )
 def matching_heads_copy(runs):
     rows = [row for run in small(runs) for row in run.summary["heads"]]
