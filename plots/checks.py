@@ -156,7 +156,8 @@ def examples(models):
 
 
 def window_in_tokens(run):
-    return run.window and tuple(1e6 * edge for edge in run.window)
+    change = run.summary["phase_change"]
+    return change and (change["start_tokens"], change["end_tokens"])
 
 
 def loss_curve(run):
