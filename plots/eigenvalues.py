@@ -47,6 +47,7 @@ def draw(runs):
     for ax in axes[:, 0]:
         ax.set(xlim=(-1, 1), ylim=(-1, 1), xticks=(-1, -0.5, 0, 0.5, 1))
     axes[0, 1].set_ylim(-0.04, 1)
+    axes[0, 1].locator_params(axis="x", nbins=5)
     handles = [
         plt.Line2D(
             [],
@@ -62,8 +63,8 @@ def draw(runs):
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
     style.caption(
         figure,
-        f"Paper: figures A5 and A6. All heads of {len(runs)} models at the end of training, QK:"
-        " where an earlier layer or a smeared key tells what came before.",
+        f"Paper: figures A5 and A6. All heads of {len(runs)} models at the end of training; QK"
+        " only where an earlier layer or a smeared key tells what came before.",
     )
     return figure
 
