@@ -208,12 +208,17 @@ def path(degrees):
 
 
 def write_ablations(folder, knobs, heads, n_layers):
+    """What is not asked for is as wrong as it can be: attributions before the window, the vector at
+    other times than its end, heads together before the end of training.
+    """
     attribution = np.full((len(EVALUATED), n_layers, 2), knobs["other_attribution"])
     along = np.zeros_like(attribution)
     best = max(heads, key=lambda row: row["prefix_matching"])
     place = tuple(map(int, best["head"].split(":")))
-    attribution[:, *place], along[:, *place] = knobs["attribution"], knobs["along"]
-    attribution[0] = 9  # before the window, where nothing is asked
+    attribution[:, *place], along[:, *place] = knobs["attribution"], -knobs["along"]
+    attribution[0], along[EVALUATED == WINDOW[1], *place] = 9, knobs["along"]
+    together = np.full((len(EVALUATED), 2), 9.0)
+    together[-1, 0] = knobs["left"] + 0.4
     np.savez(
         folder / "ablations.npz",
         tokens=EVALUATED,
@@ -221,7 +226,7 @@ def write_ablations(folder, knobs, heads, n_layers):
         icl_attribution=attribution,
         band_attribution=attribution,
         icl_band_score=np.full(len(EVALUATED), -0.4),
-        together_band_attribution=np.full((len(EVALUATED), 2), knobs["left"] + 0.4),
+        together_band_attribution=together,
         before_and_after=along,
         before_and_after_error=np.ones_like(along),
     )
