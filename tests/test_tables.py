@@ -53,8 +53,7 @@ def test_heads_that_do_one_or_the_other_are_no_induction_heads(tmp_path):
 @pytest.mark.parametrize(
     "name, knob, counts, does_not",
     [
-        ("Q1", "before", -0.19, -0.21),
-        ("Q1", "after", -0.39, -0.19),
+        ("Q1", "before", 0.19, 0.21),
         ("Q1", "end", -0.41, -0.6),
         ("Q1", "window", True, False),
         ("Q2", "before", -0.08, -0.1),
@@ -102,6 +101,30 @@ def test_heads_that_do_one_or_the_other_are_no_induction_heads(tmp_path):
 def test_every_criterion_is_where_the_claim_says(tmp_path, name, knob, counts, does_not):
     assert judge(name, make_world(tmp_path / "counts", **{knob: counts})) == "reproduced"
     assert judge(name, make_world(tmp_path / "not", **{knob: does_not})) != "reproduced"
+
+
+@pytest.mark.parametrize("after, wanted", [(-0.21, "reproduced"), (-0.19, "partly")])
+def test_in_context_learning_at_least_doubles(tmp_path, after, wanted):
+    world = make_world(tmp_path / "mini", before=-0.1, after=after, end=after)
+    assert judge("Q1", world) == wanted
+
+
+@pytest.mark.parametrize(
+    "others, wanted",
+    [
+        ([0.03, 0, 0], "reproduced"),  # 91 % of the positive attribution are the one head's
+        ([0.04, 0, 0], "partly"),  # 88 %
+        ([0.01, 0.01, 0], "partly"),  # 94 %, but most others have a part
+    ],
+)
+def test_how_much_of_the_attribution_other_heads_may_have(tmp_path, others, wanted):
+    world = make_world(tmp_path / "mini")
+    path = world / "2L" / "ablations.npz"
+    with np.load(path) as file:
+        arrays = dict(file)
+    arrays["band_attribution"][1:, [0, 0, 1], [0, 1, 1]] = others
+    np.savez(path, **arrays)
+    assert judge("Q9", world) == wanted
 
 
 @pytest.mark.parametrize("name", BY_NAME)
