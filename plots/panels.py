@@ -81,14 +81,10 @@ def examples_note(runs, names):
     note = style.examples_note(runs)
     if "R5" in names:
         note += f", {style.counted(run.summary['examples'] for run in runs)} for black points"
-    ablated = [run.ablations["examples"][0] for run in runs if has(run, "ablations.npz")]
+    ablated = [run.ablations["examples"][0] for run in runs if run.has("ablations.npz")]
     if ablated and {"R8", "R9"} & set(names):
         note += f", {style.counted(ablated)} for ablations"
     return note
-
-
-def has(run, record):
-    return (run.folder / record).exists()
 
 
 def draw_row(row, axes, shown):
@@ -211,7 +207,7 @@ def draw_heads(ax, run, shown):
 
 def draw_traces(ax, run, shown):
     """Of every head beyond the first layer, along all paths and along the paper's."""
-    if not has(run, "circuits.json"):
+    if not run.has("circuits.json"):
         return style.not_available(ax, "no circuits.json")
     snapshots = run.circuits["snapshots"]
     millions = [snapshot["tokens"] / 1e6 for snapshot in snapshots]
@@ -232,7 +228,7 @@ def draw_traces(ax, run, shown):
 
 
 def draw_icl_attribution(ax, run, shown):
-    if has(run, "ablations.npz"):
+    if run.has("ablations.npz"):
         label = "range of the\npaper's axis"
         ax.axhspan(-0.15, 0.15, color="0.94", lw=0, zorder=0, label=label)
     draw_attribution(ax, run, "band_attribution")
@@ -246,7 +242,7 @@ def draw_attribution(ax, run, name):
     """What ablating each head changes, with its standard error, and, where several heads are of a
     class, the sum over them. The two that change most are named, if it is more than three errors.
     """
-    if not has(run, "ablations.npz"):
+    if not run.has("ablations.npz"):
         return style.not_available(ax, "no ablations.npz")
     if name not in run.ablations:
         return style.not_available(ax, "not recorded" if run.window else "no phase change")
