@@ -324,6 +324,22 @@ def test_smeared_models_are_below_plain_ones_and_windows_are_their_median(tmp_pa
     style.plt.close(figure)
 
 
+def test_seeds_are_compared_on_the_same_examples(tmp_path):
+    folders = [make_run(tmp_path / f"s{n}", 1, seed=n) for n in range(2)]
+    first, second = map(load_run, folders)
+    score = first.measurements["icl_band_score"]
+    for folder in folders:
+        np.savez(folder / "evaluation.npz", **first.measurements | {"icl_band_score": score - 1})
+        figure = smear.draw([load_run(some) for some in folders])
+        shown = [line.get_ydata() for line in figure.axes[0].get_lines()[1:]]
+        more = folder is folders[1]  # by then all have been measured on more
+        assert np.array_equal(shown[0], score - 1 if more else score)
+        assert np.array_equal(
+            shown[1], score - 1 if more else second.measurements["icl_band_score"]
+        )
+        style.plt.close(figure)
+
+
 @pytest.mark.parametrize("script", [ablations, analysis_table, smear, trajectories])
 def test_one_run_without_a_window_is_enough(script, one, tmp_path):
     out = tmp_path / "f.png"
