@@ -9,6 +9,7 @@ A run's folder in runs/, or its copy in results/, holds
     circuits.json            what is read off the weights (circuits.py)
     tasks.json               literal copying, translation, pattern matching (tasks.py)
     passage.npz              a text through training (passage.py)
+    substitute-RULE.json     heads replaced by a rule (ablate.py --substitute RULE --out)
 
 The first two lines are there after training; of the others a figure says which it needs.
 """
@@ -25,6 +26,9 @@ from safety import BadInput
 
 # what a run of each scale has unless its flags say otherwise: others belong to the width sweep
 WIDTHS = {"mini": 128, "small": 768, "paper": 768}
+
+# what the other words of a title do not tell
+SERIES_IN_TITLES = {"second corpus": ", second corpus", "width": ", width {d_model}"}
 
 PREFIX_MATCHING = 0.4  # metrics.INDUCTION_PREFIX_MATCHING, which needs torch
 
@@ -71,6 +75,14 @@ class Run:
     def passage(self):
         return read_arrays(self.folder / "passage.npz")
 
+    def substituted(self, rule):
+        """Rows of losses and recovered shares, for each head or set of heads (substitute.py)."""
+        return read_json(self.folder / f"substitute-{rule}.json")["rows"]
+
+    def has(self, name):
+        """Is that file among the records?"""
+        return (self.folder / name).exists()
+
     @property
     def millions(self):
         """Training tokens of every snapshot of the measurements, in millions."""
@@ -116,12 +128,18 @@ class Run:
             classes[layer, head] = "prefix matching" if matches else row["class"]
         return classes
 
+    def heads_that_match(self):
+        """The heads that match prefixes, whether or not they copy cleanly: [(layer, head)]."""
+        matching = ("induction", "prefix matching")
+        return [head for head, kind in self.head_classes().items() if kind in matching]
+
     @property
     def title(self):
         config = self.made["config"]
         kind = "attention-only" if config["d_mlp"] == 0 else "with MLPs"
         layers = "1 layer" if self.n_layers == 1 else f"{self.n_layers} layers"
-        return f"{layers}, {kind}{', smeared keys' if config['smear'] else ''}"
+        smear = ", smeared keys" if config["smear"] else ""
+        return f"{layers}, {kind}{smear}{SERIES_IN_TITLES.get(self.series, '').format(**config)}"
 
     @property
     def is_plain_one_layer(self):

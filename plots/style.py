@@ -1,5 +1,6 @@
 """What all figures share: colours, the look of an axis, the command line."""
 
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -47,7 +48,11 @@ def depth_colour(n_layers):
 def shade_phase_change(ax, run):
     """Marks the stretch of training in which in-context learning appears, if the run has one."""
     if run.window:
-        ax.axvspan(*run.window, color=WINDOW_COLOUR, alpha=0.2, lw=0)
+        shade(ax, run.window)
+
+
+def shade(ax, window):
+    ax.axvspan(*window, color=WINDOW_COLOUR, alpha=0.2, lw=0)
 
 
 def save(figure, path):
@@ -59,17 +64,56 @@ def save(figure, path):
     print(f"-> {path}")
 
 
-def script(doc, draw):
-    """The main(argv) of a figure: RUN [RUN ...] --out FILE.png, drawn by draw(runs)."""
+def caption(figure, text):
+    """A small grey line under the figure: its number in the paper, on how many examples."""
+    text = textwrap.fill(text, int(16 * figure.get_figwidth()))
+    figure.supxlabel(text, x=0.005, ha="left", fontsize=7.5, color="0.4")
+
+
+def examples_note(runs):
+    """What captions say of the examples that snapshots are measured on."""
+    n_examples = counted(run.evaluation["per_token_loss"].shape[1] for run in runs)
+    note = f"{n_examples} held-out examples of 512 tokens"
+    if any(run.evaluation is run.measurements for run in runs):
+        note += " (some only at the positions of the score)"
+    return note
+
+
+def counted(numbers):
+    """One number, or the range of several."""
+    different = sorted(set(numbers))
+    return " to ".join(f"{n:,}" for n in (different[0], different[-1])[: len(different)])
+
+
+def column_title(run):
+    layers, kind = run.title.split(", ", 1)
+    return f"{layers}, seed {run.seed}\n{kind}"
+
+
+def not_available(ax, why):
+    """An empty panel that says so."""
+    text = f"N/A\n{why}"
+    ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color="0.4")
+    ax.set_facecolor("0.97")
+
+
+def script(doc, draw, add_flags=lambda add: None):
+    """The main(argv) of a figure: RUN [RUN ...] --out FILE.png, drawn by draw(runs).
+
+    add_flags(add): more flags, which draw takes by name.
+    """
 
     @one_line_errors
     def main(argv=None):
         parser = ArgumentParser(doc)
-        parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
-        parser.add_argument("--out", type=Path, required=True, help="the picture to write (.png)")
-        args = parser.parse_args(argv)
-        if args.out.suffix != ".png":
-            raise BadInput(f"--out {args.out}: must end in .png")
-        save(draw([load_run(folder) for folder in args.runs]), args.out)
+        add = parser.add_argument
+        add("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+        add("--out", type=Path, required=True, help="the picture to write (.png)")
+        add_flags(add)
+        flags = vars(parser.parse_args(argv))
+        runs, out = flags.pop("runs"), flags.pop("out")
+        if out.suffix != ".png":
+            raise BadInput(f"--out {out}: must end in .png")
+        save(draw([load_run(folder) for folder in runs], **flags), out)
 
     return main
