@@ -118,6 +118,11 @@ PASSAGES = {
 }
 
 
+def word_places(text, words, piece):
+    """Where that piece of each word stands, occurrence by occurrence: {word: [place]}."""
+    return {word: [places[piece] for places in text.find_all(word)] for word in words}
+
+
 def literal_copying(text):
     """Text of two parts -> Task: behind them the first part comes again, and there the token that
     came next in the first copy is right; all of that copy are candidates.
@@ -297,9 +302,10 @@ def measure_literal_copying(model, name, encoding):
     n_first = len(text.parts[0])
 
     def losses_of(words, piece):
+        found = word_places(text, words, piece)
         return {
-            word: [round(losses[places[piece]].item(), 2) for places in text.find_all(word)]
-            for word in words
+            word: [round(losses[place].item(), 2) for place in places]
+            for word, places in found.items()
         }
 
     return {
