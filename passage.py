@@ -12,6 +12,7 @@ plots/passage.py, plots/token_views.py and the viewer of plots/report.py show it
     shown                        [shown] which snapshots the last three are of
     compared                     [2] start and end of the phase change, else first and last snapshot
     NAME_text                    [token] bytes; the start token first
+    NAME_repeat                  where the first sentences begin again
     NAME_loss                    [snapshot, token] float16: nats; nan at the start token
     NAME_word, NAME_word_token   [word] what to follow: a word and the place of one of its tokens
     NAME_word_expected           [word] does induction expect that token, or another one there?
@@ -68,6 +69,7 @@ def describe_text(text, tokens, encoding, helped, misled):
     places += [occurrences[0] for occurrences in word_places(text, misled, 0).values()]
     return {
         "text": np.array(encoding.decode_tokens_bytes(tokens.tolist())),
+        "repeat": np.array(len(tokens) - len(text.parts[0])),
         "word": np.array([*helped, *misled]),
         "word_token": np.array(places),
         "word_expected": np.array([True] * len(helped) + [False] * len(misled)),

@@ -79,6 +79,7 @@ def test_the_text_and_the_words_to_follow(record, name):
     text = record[f"{name}_text"]
     assert text[0] == b"<|endoftext|>"
     assert b"".join(text[1:]).decode() == first + rest + first
+    assert b"".join(text[record[f"{name}_repeat"] :]).decode() == first
     assert record[f"{name}_word"].tolist() == [*helped, *misled]
     expected = record[f"{name}_word_expected"].tolist()
     assert expected == [True] * len(helped) + [False] * len(misled)
