@@ -26,6 +26,9 @@ from safety import BadInput
 # what a run of each scale has unless its flags say otherwise: others belong to the width sweep
 WIDTHS = {"mini": 128, "small": 768, "paper": 768}
 
+# what the other words of a title do not tell
+SERIES_IN_TITLES = {"second corpus": ", second corpus", "width": ", width {d_model}"}
+
 PREFIX_MATCHING = 0.4  # metrics.INDUCTION_PREFIX_MATCHING, which needs torch
 
 
@@ -121,7 +124,8 @@ class Run:
         config = self.made["config"]
         kind = "attention-only" if config["d_mlp"] == 0 else "with MLPs"
         layers = "1 layer" if self.n_layers == 1 else f"{self.n_layers} layers"
-        return f"{layers}, {kind}{', smeared keys' if config['smear'] else ''}"
+        smear = ", smeared keys" if config["smear"] else ""
+        return f"{layers}, {kind}{smear}{SERIES_IN_TITLES.get(self.series, '').format(**config)}"
 
     @property
     def is_plain_one_layer(self):
