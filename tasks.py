@@ -261,8 +261,9 @@ def head_rows(scores):
 
 
 def token_view(task, pattern, attribution, head, encoding, least=0.05):
-    """What a figure of one head's attention on the text needs: the tokens, and for every query the
-    keys that it attends to by at least that much: [query, key, attention, nats].
+    """What a figure of one head's attention on the text needs: the tokens; for every query the keys
+    that it attends to by at least that much: [query, key, attention, nats]; the right keys: [query,
+    key].
     """
     pattern, attribution = pattern[head], attribution[head]
     edges = [
@@ -272,6 +273,7 @@ def token_view(task, pattern, attribution, head, encoding, least=0.05):
     return {
         "tokens": [encoding.decode([token]) for token in task.tokens.tolist()],
         "edges": edges,
+        "right": task.right.nonzero().tolist(),
     }
 
 
