@@ -15,6 +15,7 @@ need not: the last two ask for words that a small model may hardly know, and are
 a larger one.
 """
 
+import codecs
 import dataclasses
 import sys
 from pathlib import Path
@@ -263,15 +264,18 @@ def head_rows(scores):
 def token_view(task, pattern, attribution, head, encoding, least=0.05):
     """What a figure of one head's attention on the text needs: the tokens; for every query the keys
     that it attends to by at least that much: [query, key, attention, nats]; the right keys: [query,
-    key].
+    key]. A character of several tokens is spelled at the last of them.
     """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     pattern, attribution = pattern[head], attribution[head]
     edges = [
         [*at, round(pattern[tuple(at)].item(), 3), round(attribution[tuple(at)].item(), 3)]
         for at in (pattern >= least).nonzero().tolist()
     ]
     return {
-        "tokens": [encoding.decode([token]) for token in task.tokens.tolist()],
+        "tokens": [
+            decoder.decode(token) for token in encoding.decode_tokens_bytes(task.tokens.tolist())
+        ],
         "edges": edges,
         "right": task.right.nonzero().tolist(),
     }

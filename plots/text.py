@@ -1,5 +1,7 @@
 """A text as a picture: its tokens in a typewriter's rows, each with a colour of its own."""
 
+import codecs
+
 import matplotlib
 
 FONT_SIZE = 8.78  # an advance of whole pixels at the 150 an inch that figures are saved with
@@ -8,18 +10,11 @@ NEWLINE = "↵"
 
 
 def spell(tokens):
-    """bytes [token] -> one string for each. A character of several tokens is spelled at its last;
-    newlines are shown, and break the row.
+    """bytes [token] -> one string for each. A character of several tokens is spelled at the last of
+    them; newlines are shown, and end a row.
     """
-    spelled, rest = [], b""
-    for token in tokens:
-        rest += bytes(token)
-        try:
-            spelled.append(rest.decode())
-            rest = b""
-        except UnicodeDecodeError:
-            spelled.append("")
-    return [text.replace("\n", f"{NEWLINE}\n") for text in spelled]
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    return [decoder.decode(bytes(token)).replace("\n", f"{NEWLINE}\n") for token in tokens]
 
 
 def lay_out(spelled, width):

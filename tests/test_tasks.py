@@ -213,6 +213,10 @@ def test_the_view_holds_what_is_attended_to(encoding):
     view = tasks.token_view(task, pattern, 2 * pattern, (0, 0), encoding)
     edges = [[0, 0, 1.0, 2.0], [1, 1, 0.96, 1.92]]
     assert view == {"tokens": ["a", " b"], "edges": edges, "right": [[1, 0]]}
+    task = tasks.translation(encoding)
+    nowhere = torch.zeros(1, 1, len(task.tokens), len(task.tokens))
+    spelled = tasks.token_view(task, nowhere, nowhere, (0, 0), encoding)["tokens"]
+    assert "était la première" in "".join(spelled) and "" in spelled
 
 
 def test_right_labels_are_counted(encoding):
