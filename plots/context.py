@@ -7,9 +7,9 @@ straight line in ln(position) is fitted to the positions around it, near ones co
 
 import numpy as np
 
-# standard deviation of the weights in ln(position): a factor of 1.5 to either side. Half of that
-# leaves stripes, which are the examples' own (a hard word at position 9); twice that smears the
-# bend at position 50.
+# standard deviation of the weights in ln(position): a factor of 1.5 to either side. The slopes of
+# 400 examples are then good to 0.06 nats at position 10 and 0.03 at 50 (tokens differ by 2.5). Half
+# of it shows the examples' own hard words as stripes, twice of it smears the bend at 50.
 REACH = 0.4
 FIRST = 6  # before it too few positions are within reach to tell a slope
 N_PLACES = 64
@@ -28,11 +28,12 @@ def fitted_lines(loss_by_position):
 
 
 def line_weights(x, places):
-    """What the value at each x counts in the height and in the slope at each place: two arrays
-    [x, place].
+    """What the value at each x = ln(position) counts in the height and in the slope at each place:
+    two arrays [x, place].
     """
     away = x[:, None] - places
-    weight = np.exp(-0.5 * (away / REACH) ** 2)
+    # over position: it stands for that much of x, and a bend shows where it is
+    weight = np.exp(-0.5 * (away / REACH) ** 2) / np.exp(x)[:, None]
     weight /= weight.sum(axis=0)
     centre = (weight * away).sum(axis=0)
     slope = weight * (away - centre)

@@ -1,5 +1,6 @@
 """What all figures share: colours, the look of an axis, the command line."""
 
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -47,7 +48,11 @@ def depth_colour(n_layers):
 def shade_phase_change(ax, run):
     """Marks the stretch of training in which in-context learning appears, if the run has one."""
     if run.window:
-        ax.axvspan(*run.window, color=WINDOW_COLOUR, alpha=0.2, lw=0)
+        shade(ax, run.window)
+
+
+def shade(ax, window):
+    ax.axvspan(*window, color=WINDOW_COLOUR, alpha=0.2, lw=0)
 
 
 def save(figure, path):
@@ -61,7 +66,28 @@ def save(figure, path):
 
 def caption(figure, text):
     """A small grey line under the figure: its number in the paper, on how many examples."""
+    text = textwrap.fill(text, int(16 * figure.get_figwidth()))
     figure.supxlabel(text, x=0.005, ha="left", fontsize=7.5, color="0.4")
+
+
+def examples_note(runs):
+    """What captions say of the examples that snapshots are measured on."""
+    n_examples = counted(run.evaluation["per_token_loss"].shape[1] for run in runs)
+    note = f"{n_examples} held-out examples of 512 tokens"
+    if any(run.evaluation is run.measurements for run in runs):
+        note += " (some only at the positions of the score)"
+    return note
+
+
+def counted(numbers):
+    """One number, or the range of several."""
+    different = sorted(set(numbers))
+    return " to ".join(f"{n:,}" for n in (different[0], different[-1])[: len(different)])
+
+
+def column_title(run):
+    layers, kind = run.title.split(", ", 1)
+    return f"{layers}, seed {run.seed}\n{kind}"
 
 
 def not_available(ax, why):

@@ -128,7 +128,9 @@ def by_examples(runs):
 
 
 def draw_path(ax, run, plane, others=()):
-    """The run's path in the plane, with its phase change outlined; those of others in grey."""
+    """The run's path in the plane, with its phase change, A to B, outlined; those of others in
+    grey.
+    """
     for other in others:
         ax.plot(*plane.project(losses_through_training(other)[1]).T, color="0.88", lw=1, zorder=0)
     millions, losses = losses_through_training(run)
@@ -136,6 +138,8 @@ def draw_path(ax, run, plane, others=()):
     if run.window:
         first, last = (np.abs(millions - edge).argmin() for edge in run.window)
         ax.plot(*points[first : last + 1].T, color=style.WINDOW_COLOUR, lw=7, zorder=1)
+        for name, edge in ("A", first), ("B", last):
+            ax.annotate(name, points[edge], xytext=(9, -3), textcoords="offset points")
     colour = style.depth_colour(run.n_layers)
     ax.plot(*points.T, color=colour, lw=1.6, marker=".", ms=4)
     ax.plot(*points[0], marker="o", ms=6, mfc="white", mec=colour, ls="", label="start")
@@ -175,12 +179,18 @@ def draw(runs):
     for panels, (plane, group, turns, members) in zip(axes, rows, strict=True):
         for ax, run in zip(panels, members, strict=False):
             draw_path(ax, run, plane, [other for other in group if other is not run])
-            ax.set_title(run.title + pivot_label(turns.get(run.name)), fontsize=8.5)
+            ax.set_title(style.column_title(run) + pivot_label(turns.get(run.name)), fontsize=8.5)
             ax.set_xlabel("PC 1 (nats)")
         label_axes(panels[0], plane)
         for ax in panels[len(members) :]:
             ax.set_axis_off()
     axes[0, 0].legend(loc="best")
+    style.caption(
+        figure,
+        "Figures F7 and F8 (A, B) of the paper: losses at one token of each of"
+        f" {style.examples_note(runs)}. Orange: the phase change. Angle: between the mean velocity"
+        " until it begins and that within it; of a run without one, in the others' median window.",
+    )
     return figure
 
 

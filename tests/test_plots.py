@@ -10,15 +10,18 @@ import pytest
 
 import metrics
 from model import SCALES
-from plots import phase_change, style
+from plots import panels, phase_change, style
 from plots import runs as runs_of
+from plots.context import fitted_lines
 from plots.runs import load_run
 
 ROOT = Path(__file__).parent.parent
 
 
-def make_run(folder, n_layers, smear=False, change=None):
-    """Records as train.py writes them, as far as the figure reads them."""
+def make_run(folder, n_layers, smear=False, change=None, seed=3, corpus="python"):
+    """Records as train.py writes them, as far as figures read them: two heads a layer, those of the
+    last one match prefixes.
+    """
     folder.mkdir()
     n = 40
     rng = np.random.default_rng(n_layers)
@@ -29,12 +32,15 @@ def make_run(folder, n_layers, smear=False, change=None):
         "icl_band_score": rng.normal(-0.1, 0.02, n),
         "icl_band_score_error": np.full(n, 0.02),
         "prefix_matching": rng.uniform(0, 1, (n, n_layers, 2)),
-        "derivative_position": np.tile(np.geomspace(4, 512, 20), (n, 1)),
-        "loss_derivative": rng.normal(-0.1, 0.05, (n, 20)),
+        "loss_by_position": rng.normal(4, 0.5, (n, 512)).astype(np.float32),
+        "per_token_loss": rng.normal(4, 2, (n, 30)).astype(np.float32),
     }
     np.savez(folder / "measurements.npz", **arrays)
-    config = {"n_layers": n_layers, "d_mlp": 0, "smear": smear}
-    (folder / "run.json").write_text(json.dumps({"config": config, "seed": 3}))
+    config = {"n_layers": n_layers, "d_model": 128, "d_mlp": 0, "smear": smear}
+    made = {"config": config, "seed": seed, "scale": "mini"}
+    made["corpus"] = {"data": corpus, "sha256": corpus}
+    (folder / "run.json").write_text(json.dumps(made))
+    heads = [f"{layer}:{head}" for layer in range(n_layers) for head in range(2)]
     summary = {
         "phase_change": change,
         "best_prefix_matching": {"head": "0:1", "score": 0.5},
@@ -42,6 +48,10 @@ def make_run(folder, n_layers, smear=False, change=None):
         **dict.fromkeys(("icl_before", "icl_before_error", "icl_after", "icl_after_error")),
         "icl_score": -0.3,
         "icl_score_error": 0.1,
+        "heads": [
+            {"head": head, "prefix_matching": 0.5 * (head in heads[-2:]), "class": "other"}
+            for head in heads
+        ],
     }
     if change:
         summary |= {"icl_before": 0.1, "icl_before_error": 0.2}
@@ -56,18 +66,23 @@ def runs(tmp_path):
     return [make_run(tmp_path / "one", 1), make_run(tmp_path / "two", 2, change=change)]
 
 
+def panels_of(figure, n_rows, n_columns):
+    """Without the keys at the right."""
+    return np.array(figure.axes[: n_rows * (n_columns + 1)]).reshape(n_rows, -1)[:, :-1]
+
+
 def test_every_panel_shows_its_records(runs):
     loaded = [load_run(run) for run in runs]
     figure = phase_change.draw(loaded)
-    panels = np.array(figure.axes[:8]).reshape(4, 2)
+    axes = panels_of(figure, 4, 2)
     one, two = (run.measurements for run in loaded)
-    lines = [[line.get_ydata() for line in ax.get_lines()] for ax in panels[:, 1]]
+    lines = [[line.get_ydata() for line in ax.get_lines()] for ax in axes[:, 1]]
     assert any(np.array_equal(y, two["loss"]) for y in lines[0])
     assert any(
         np.array_equal(y, one["loss"]) for y in lines[0]
     )  # the one-layer curve for comparison
     assert any(np.array_equal(y, [-0.3, 0.1, -0.2]) for y in lines[1])  # at the end, before, after
-    (band, bars) = panels[1, 1].collections
+    (band, bars) = axes[1, 1].collections
     reach = np.array([bar[:, 1] for bar in bars.get_segments()])
     assert reach == pytest.approx(np.array([(-0.4, -0.2), (-0.1, 0.3), (-0.5, 0.1)]))
     edges = two["icl_band_score"] + two["icl_band_score_error"]
@@ -75,19 +90,23 @@ def test_every_panel_shows_its_records(runs):
     assert any(np.array_equal(y, two["icl_band_score"]) for y in lines[1])
     for layer, head in np.ndindex(2, 2):
         assert any(np.array_equal(y, two["prefix_matching"][:, layer, head]) for y in lines[2])
-    (mesh,) = panels[3, 1].collections
-    assert np.array_equal(mesh.get_array(), two["loss_derivative"].T)
-    assert panels[2, 1].get_lines()[0].get_xdata()[-1] == 3.9  # millions of tokens
+    (mesh,) = axes[3, 1].collections
+    places, _, slopes = fitted_lines(two["loss_by_position"])
+    assert np.array_equal(np.reshape(mesh.get_array(), slopes.T.shape), slopes.T)
+    assert np.array_equal(mesh.get_coordinates()[:, 0, 1], places)
+    assert axes[2, 1].get_lines()[0].get_xdata()[-1] == 3.9  # millions of tokens
     style.plt.close(figure)
 
 
 def test_the_window_is_shaded_where_there_is_one(runs):
     figure = phase_change.draw([load_run(run) for run in runs])
-    panels = np.array(figure.axes[:8]).reshape(4, 2)
+    axes = panels_of(figure, 4, 2)
     for row in range(3):
-        assert not panels[row, 0].patches
-        (window,) = panels[row, 1].patches
+        assert not axes[row, 0].patches
+        (window,) = axes[row, 1].patches
         assert (window.get_x(), window.get_x() + window.get_width()) == (1.0, 2.0)
+    edges = [line.get_xdata()[0] for line in axes[3, 1].get_lines()]
+    assert edges == [1.0, 2.0] and not axes[3, 0].get_lines()
     style.plt.close(figure)
 
 
@@ -122,16 +141,9 @@ def test_only_pictures_are_written(runs, tmp_path, capsys):
     assert ".png" in capsys.readouterr().err
 
 
-def test_the_legend_names_the_bands_of_the_score(runs):
-    """Figures are drawn without torch, so this one cannot ask metrics.py."""
-    figure = phase_change.draw([load_run(run) for run in runs])
-    (late_from, late_to), (early_from, early_to) = metrics.LATE_BAND, metrics.EARLY_BAND
-    label = f"tokens {late_from}-{late_to} minus {early_from}-{early_to}"
-    assert label in figure.axes[2].get_legend_handles_labels()[1]
-    style.plt.close(figure)
-
-
 def test_what_figures_know_of_the_models_is_true():
     """They cannot import it."""
+    (late_from, late_to), (early_from, early_to) = metrics.LATE_BAND, metrics.EARLY_BAND
+    assert panels.BANDS == f"tokens {late_from}-{late_to} minus {early_from}-{early_to}"
     assert runs_of.PREFIX_MATCHING == metrics.INDUCTION_PREFIX_MATCHING
     assert runs_of.WIDTHS == {scale: sizes["d_model"] for scale, sizes in SCALES.items()}
