@@ -9,6 +9,7 @@ A run's folder in runs/, or its copy in results/, holds
     circuits.json            what is read off the weights (circuits.py)
     tasks.json               literal copying, translation, pattern matching (tasks.py)
     passage.npz              a text through training (passage.py)
+    substitute-RULE.json     heads replaced by a rule (ablate.py --substitute RULE --out)
 
 The first two lines are there after training; of the others a figure says which it needs.
 """
@@ -74,6 +75,14 @@ class Run:
     def passage(self):
         return read_arrays(self.folder / "passage.npz")
 
+    def substituted(self, rule):
+        """Rows of losses and recovered shares, for each head or set of heads (substitute.py)."""
+        return read_json(self.folder / f"substitute-{rule}.json")["rows"]
+
+    def has(self, name):
+        """Is that file among the records?"""
+        return (self.folder / name).exists()
+
     @property
     def millions(self):
         """Training tokens of every snapshot of the measurements, in millions."""
@@ -118,6 +127,11 @@ class Run:
             matches = row["prefix_matching"] >= PREFIX_MATCHING and row["class"] == "other"
             classes[layer, head] = "prefix matching" if matches else row["class"]
         return classes
+
+    def heads_that_match(self):
+        """The heads that match prefixes, whether or not they copy cleanly: [(layer, head)]."""
+        matching = ("induction", "prefix matching")
+        return [head for head, kind in self.head_classes().items() if kind in matching]
 
     @property
     def title(self):

@@ -1,0 +1,230 @@
+"""Records of runs made by hand, in which every claim of the paper holds or, by a knob, does not."""
+
+import json
+
+import numpy as np
+
+TOKENS = np.linspace(0, 8e6, 89)
+WINDOW = 3.4e6, 4.6e6
+EVALUATED = np.array([1e5, *WINDOW, 8e6])
+
+GOOD = {
+    # in-context learning, nats: where the window starts, where it ends, at the end
+    "before": -0.05,
+    "after": -0.39,
+    "end": -0.4,
+    "one_end": 0.0,  # of one layer
+    "apart": 1,  # snapshots
+    "window": True,
+    "one_window": False,
+    "bump": 0.3,
+    "late_bump": 0.0,  # another one after the window, and the only one of one layer
+    "prefix": 0.6,  # of the one head of a model that matches prefixes
+    "copying": 0.2,
+    "one_prefix": 0.02,
+    "slope_before": 0.0,  # d loss / d ln position
+    "slope_after": -0.1,
+    "one_slope": 0.0,
+    "turn": 80,  # degrees
+    "one_turn": 10,
+    "smear_end": -0.4,
+    "smear_half": 20,  # snapshots
+    "half": 45,
+    "attribution": 0.3,  # of that head, and of all others
+    "other_attribution": -0.01,
+    "left": 0.0,
+    "along": -10.0,  # the before-and-after vector, with an error of 1
+    "layer": -1,  # where that head is
+    "mlp_layer": -2,
+    "eigenvalues": 1.0,  # their sum, by the score that they should agree with
+    "spread": 0.0,  # of scores over sizes
+    "context_spread": 0.0,
+    "early_share": 1.0,  # of the gap between sizes
+    "order": (-0.1, 0.05),  # speed that a larger size adds before and after
+    "warmup": 1e5,
+    "decay_later": None,
+    "previous": 0.95,
+    "copies": 0.6,
+    "longer": 0.1,
+    "examples": 400,
+}
+WORST = GOOD | {
+    "before": -0.3,
+    "after": -0.45,
+    "end": -0.9,
+    "one_end": -0.9,
+    "apart": 10,
+    "one_window": True,
+    "bump": 0.0,
+    "late_bump": 0.3,
+    "prefix": 0.45,
+    "copying": -0.2,
+    "one_prefix": 0.6,
+    "slope_before": -0.3,
+    "slope_after": 0.0,
+    "one_slope": -0.3,
+    "turn": 20,
+    "one_turn": 60,
+    "smear_end": -0.1,
+    "smear_half": 70,
+    "attribution": 0.1,
+    "other_attribution": 0.3,
+    "left": -0.4,
+    "along": 5.0,
+    "layer": 0,
+    "mlp_layer": 0,
+    "eigenvalues": -1.0,
+    "spread": 0.4,
+    "context_spread": 0.5,
+    "early_share": 0.1,
+    "order": (0.1, -0.05),
+    "warmup": 5e6,
+    "decay_later": (1000, 0.01),
+    "previous": 0.3,
+    "copies": 0.2,
+    "longer": 0.0,
+}
+
+
+def make_world(folder, **knobs):
+    """Runs as reproduce.py names them, in the folder."""
+    knobs = GOOD | knobs
+    for n in 1, 2, 3, 4:
+        make_run(folder / f"{n}L", knobs, n, rank=n - 2)
+    for n in 1, 2, 5, 6:
+        make_run(folder / f"{n}L-mlp", knobs, n, mlp=True, rank=max(0, n - 4))
+    for n, width in (-1, 64), (1, 192):
+        make_run(folder / f"2L-d{width}", knobs, 2, width=width, rank=n)
+    for n in 1, 2:
+        make_run(folder / f"{n}L-smear", knobs, n, smear=True)
+    return folder
+
+
+def make_run(folder, knobs, n_layers, mlp=False, width=128, smear=False, rank=0):
+    """rank: the place of its size among those that it is compared with; 0 the smallest, or the
+    middle one.
+    """
+    folder.mkdir(parents=True)
+    lacks = n_layers == 1 and not smear
+    has_window = knobs["one_window" if lacks else "window"]
+    config = {"n_layers": n_layers, "n_heads": 2, "d_model": width, "smear": smear}
+    config["d_mlp"] = 4 * width if mlp else 0
+    recipe = {"warmup_tokens": knobs["warmup"], "weight_decay_later": knobs["decay_later"]}
+    made = {"config": config, "recipe": recipe, "seed": 0, "scale": "mini"}
+    made |= {"corpus": {"data": "python", "sha256": "0"}, "machine": {"device": "by hand"}}
+    heads = make_heads(knobs, n_layers, lacks, knobs["mlp_layer" if mlp else "layer"])
+    best = {"head": heads[0]["head"], "score": 0.5}
+    end = knobs["one_end"] if lacks else knobs["smear_end"] if smear and n_layers == 1 else None
+    end = knobs["end"] * (1 + knobs["spread"] * rank) if end is None else end
+    half = knobs["smear_half"] if smear else knobs["half"]
+    change = {"start_tokens": WINDOW[0], "end_tokens": WINDOW[1], "end_step": 1200}
+    change |= {"icl_half_way_snapshot": half, "prefix_matching_half_way_snapshot": half}
+    change["icl_half_way_snapshot"] += knobs["apart"]
+    summary = {
+        "parameters": (100 * n_layers + width) * 1000,
+        "examples": knobs["examples"],
+        "phase_change": change if has_window else None,
+        "icl_band_before": knobs["before"] if has_window else None,
+        "icl_band_after": knobs["after"] if has_window else None,
+        **{"icl_score": end, "icl_score_error": 0.1, "icl_band_score": end},
+        **{"icl_band_score_error": 0.02, "loss": 3.0, "tokens": 8_000_000, "seconds": 90},
+        **{f"best_prefix_matching{when}": best for when in ("", "_before", "_after")},
+        **{"best_previous_token": best, "heads": heads},
+    }
+    write(folder / "run.json", made)
+    write(folder / "summary.json", summary)
+    np.savez(folder / "measurements.npz", tokens=TOKENS, loss=loss_curve(knobs, lacks, rank))
+    slope = "one_slope" if lacks else "slope_after"
+    slopes = [knobs["one_slope" if lacks else "slope_before"], knobs[slope], knobs[slope]]
+    np.savez(
+        folder / "evaluation.npz",
+        tokens=EVALUATED,
+        loss_by_position=[context_curve(knobs, x, rank) for x in (slopes[0], *slopes)],
+        per_token_loss=path(knobs["one_turn" if lacks else "turn"]),
+    )
+    if n_layers > 1:
+        write_ablations(folder, knobs, heads, n_layers)
+    write(folder / "circuits.json", {"snapshots": [{"heads": circuits(heads, knobs)}]})
+    if folder.name == "2L":
+        copies = knobs["copies"]
+        shares = {"previous": knobs["previous"], "induction": copies}
+        for rule, share in (shares | {"induction2": copies + knobs["longer"]}).items():
+            rows = [{"heads": ["1:0"], "recovered_zero_free": [share, 0.01]}]
+            write(folder / f"substitute-{rule}.json", {"rows": rows})
+
+
+def make_heads(knobs, n_layers, lacks, layer):
+    """The first row is the one that matches prefixes."""
+    layer = layer % n_layers
+    score = {"prefix_matching": knobs["one_prefix" if lacks else "prefix"], "previous_token": 0.01}
+    copying = 0.2 if lacks else knobs["copying"]
+    kind = "induction" if score["prefix_matching"] >= 0.4 and copying > 0 else "other"
+    rows = [{"head": f"{layer}:0", **score, "copying": copying, "class": kind}]
+    for place in np.ndindex(n_layers, 2):
+        if place != (layer, 0):
+            rest = {"prefix_matching": 0.0, "copying": -0.9 + 0.05 * place[0], "class": "other"}
+            rows.append({"head": "{}:{}".format(*place), "previous_token": 0.1, **rest})
+    return rows
+
+
+def loss_curve(knobs, lacks, rank):
+    def fall(centre, drop):
+        return -drop / (1 + np.exp(-(TOKENS - centre) / 1.5e5))
+
+    turn = np.mean(WINDOW)
+    seen = TOKENS + 3e5
+    speed = [base + rank * more for base, more in zip((0.5, 0.4), knobs["order"], strict=True)]
+    loss = 6 - speed[0] * np.log(np.minimum(seen, turn) / turn)
+    loss -= speed[1] * np.log(np.maximum(seen, turn) / turn)
+    if lacks:
+        loss = 6 - speed[0] * np.log(seen / turn)
+    return loss + fall(turn, 0 if lacks else knobs["bump"]) + fall(6.5e6, knobs["late_bump"])
+
+
+def context_curve(knobs, slope, rank):
+    """A bend at the 50th token; what a larger model has less."""
+    position = np.arange(1, 513)
+    slope += knobs["context_spread"] * rank
+    loss = 6 - np.log(np.minimum(position, 50)) + slope * np.log(np.maximum(position, 50) / 50)
+    return loss - 0.1 * rank * np.where(position <= 12, knobs["early_share"], 1)
+
+
+def path(degrees):
+    """Per-token losses [snapshot, token] that turn where the window starts."""
+    turn = np.radians(degrees)
+    steps = np.array([(0, 0), (10, 0), 10 * np.array([np.cos(turn), np.sin(turn)])])
+    points = np.vstack([steps.cumsum(axis=0), (20, 10)])
+    return points @ np.eye(2, 20)
+
+
+def write_ablations(folder, knobs, heads, n_layers):
+    attribution = np.full((len(EVALUATED), n_layers, 2), knobs["other_attribution"])
+    along = np.zeros_like(attribution)
+    place = tuple(map(int, heads[0]["head"].split(":")))
+    attribution[:, *place], along[:, *place] = knobs["attribution"], knobs["along"]
+    attribution[0] = 9  # before the window, where nothing is asked
+    np.savez(
+        folder / "ablations.npz",
+        tokens=EVALUATED,
+        examples=np.full(len(EVALUATED), 400),
+        icl_attribution=attribution,
+        band_attribution=attribution,
+        icl_band_score=np.full(len(EVALUATED), -0.4),
+        together_band_attribution=np.full((len(EVALUATED), 2), knobs["left"] + 0.4),
+        before_and_after=along,
+        before_and_after_error=np.ones_like(along),
+    )
+
+
+def circuits(heads, knobs):
+    rows = []
+    for row in heads:
+        first = row["head"].startswith("0:")
+        copying, match = (knobs["eigenvalues"] * row[k] for k in ("copying", "prefix_matching"))
+        numbers = {"ov_copying": copying, "qk_match": None if first else 10 * match}
+        rows.append({**row, **numbers, **{f"{k}_direct": value for k, value in numbers.items()}})
+    return rows
+
+
+def write(path, content):
+    path.write_text(json.dumps(content))

@@ -1,0 +1,252 @@
+"""Every claim's criterion, both ways, on records made by hand; README and records say the same."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from plots import tables
+from plots.checks import CLAIMS, NONE, Check, check, verdict
+from plots.runs import load_all
+from tests.records_by_hand import GOOD, WORST, make_run, make_world
+
+ROOT = Path(__file__).parent.parent
+BY_NAME = {claim.name: claim for claim in CLAIMS}
+# claims about what no small model can show, and about how many models there are
+BEYOND = ("Q11", "Q12 (A3)", "Q16")
+NAMES = [name for name in BY_NAME if name not in BEYOND]
+
+
+def judge(name, folder):
+    return verdict(list(BY_NAME[name].judge(load_all(folder))))
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("good") / "mini")
+
+
+@pytest.fixture(scope="module")
+def worst(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("worst") / "mini", **WORST)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_records_that_meet_a_claim_reproduce_it(good, name):
+    assert judge(name, good) == "reproduced", [str(c) for c in BY_NAME[name].judge(load_all(good))]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_records_that_do_not_meet_it_do_not(worst, name):
+    found = [str(c) for c in BY_NAME[name].judge(load_all(worst))]
+    assert judge(name, worst) == "not reproduced", found
+
+
+# the last value of a knob that still counts, and one that does not
+@pytest.mark.parametrize(
+    "name, knob, counts, does_not",
+    [
+        ("Q1", "before", -0.19, -0.21),
+        ("Q1", "after", -0.39, -0.19),
+        ("Q1", "end", -0.41, -0.6),
+        ("Q1", "window", True, False),
+        ("Q2", "before", -0.08, -0.1),
+        ("Q3", "apart", -2, 3),
+        ("Q4", "one_window", False, True),
+        ("Q4", "one_prefix", 0.39, 0.4),
+        ("Q4", "late_bump", 0.0, 0.3),
+        ("Q4", "prefix", 0.4, 0.39),
+        ("Q4", "copying", 0.01, -0.01),
+        ("Q4", "bump", 0.3, 0.0),
+        ("Q5", "late_bump", 0.0, 0.3),
+        ("Q5", "window", True, False),
+        ("Q6", "slope_before", -0.049, -0.051),
+        ("Q6", "slope_before", 0.049, 0.051),
+        ("Q6", "slope_after", -0.051, -0.049),
+        ("Q6", "one_slope", -0.049, -0.051),
+        ("Q7", "turn", 46, 44),
+        ("Q7", "one_turn", 79, 81),
+        ("Q8", "smear_end", -0.33, -0.31),
+        ("Q8", "smear_end", -0.49, -0.51),
+        ("Q8", "smear_half", 44, 45),
+        ("Q9", "other_attribution", 0.0, 0.02),
+        ("Q9", "attribution", 0.3, -0.3),
+        ("Q9", "left", -0.09, -0.11),
+        ("Q9", "left", 0.09, 0.11),
+        ("Q10", "along", -2.1, -1.9),
+        ("Q12 (A1)", "layer", -1, -2),
+        ("Q12 (A2)", "mlp_layer", -2, -1),
+        ("Q13 (A5)", "eigenvalues", 1.0, -1.0),
+        ("Q13 (A6)", "eigenvalues", 1.0, -1.0),
+        ("Q14 (score)", "spread", 0.1, 0.2),
+        ("Q14 (F16)", "context_spread", 0.0, 0.5),
+        ("Q14 (F17)", "early_share", 0.51, 0.49),
+        ("Q15", "order", (-0.1, 0.05), (0.1, 0.05)),
+        ("Q15", "order", (-0.1, 0.05), (-0.1, -0.05)),
+        ("Q17", "warmup", 3.3e6, 3.5e6),
+        ("Q17", "decay_later", (1201, 0.01), (1200, 0.01)),
+        ("Q18", "previous", 0.89, 0.88),
+        ("Q18", "copies", 0.56, 0.54),
+        ("Q18", "longer", 0.06, 0.04),
+    ],
+)
+def test_every_criterion_is_where_the_claim_says(tmp_path, name, knob, counts, does_not):
+    assert judge(name, make_world(tmp_path / "counts", **{knob: counts})) == "reproduced"
+    assert judge(name, make_world(tmp_path / "not", **{knob: does_not})) != "reproduced"
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_without_runs_there_are_no_records(name):
+    assert verdict(list(BY_NAME[name].judge({}))) == "no records"
+
+
+@pytest.mark.parametrize(
+    "name, missing",
+    [
+        ("Q6", "evaluation.npz"),
+        ("Q7", "evaluation.npz"),
+        ("Q9", "ablations.npz"),
+        ("Q10", "ablations.npz"),
+        ("Q13 (A5)", "circuits.json"),
+        ("Q14 (F16)", "evaluation.npz"),
+        ("Q18", "substitute-previous.json"),
+    ],
+)
+def test_what_is_not_recorded_is_not_judged(tmp_path, name, missing):
+    world = make_world(tmp_path / "mini")
+    for path in world.glob(f"*/{missing}"):
+        path.unlink()
+    assert judge(name, world) == ("partly" if name == "Q18" else "no records")
+
+
+def test_a_claim_of_which_a_part_is_not_recorded_is_reproduced_partly(tmp_path):
+    world = make_world(tmp_path / "mini")
+    assert judge("Q8", world) == "reproduced"
+    (world / "2L-smear" / "summary.json").unlink()
+    assert judge("Q8", world) == "partly"
+
+
+def test_a_head_in_the_first_half_of_a_deep_model(tmp_path):
+    for layer, wanted in (11, "reproduced"), (12, "not reproduced"):
+        make_run(tmp_path / str(layer) / "24L", GOOD | {"layer": layer}, 24)
+        assert judge("Q12 (A3)", tmp_path / str(layer)) == wanted
+
+
+def test_what_only_large_models_show_is_not_asked_of_small_ones(good):
+    assert judge("Q12 (A3)", good) == "not testable at this scale"
+    assert judge("Q11", good) == "no records"
+
+
+@pytest.mark.parametrize(
+    "parameters, attention, wanted",
+    [
+        (4e5, 0.9, "not testable at this scale"),
+        (13e9, 0.66, "reproduced"),
+        (13e9, 0.64, "not reproduced"),
+    ],
+)
+def test_pattern_matching_is_asked_of_large_models(tmp_path, parameters, attention, wanted):
+    run = tmp_path / "mini" / "2L"
+    make_run(run, GOOD, 2)
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"parameters": parameters}))
+    best = {"head": "1:0", "attention": attention, "chance": 0.25}
+    (run / "tasks.json").write_text(json.dumps({"pattern_matching": {"heads": [best]}}))
+    assert judge("Q11", run.parent) == wanted
+
+
+def test_the_evidence_is_counted(good):
+    runs = load_all(good)
+    models, examples, ablations, snapshots = BY_NAME["Q16"].judge(runs)
+    assert (models.values[""], examples.values[""], snapshots.values[""]) == (12, 400, 89)
+    assert ablations.values[""] == 4 * 2 * (2 + 3 + 4 + 2 + 5 + 6 + 2 + 2 + 2)
+    some = next(iter(runs.values()))
+    some.summary["examples"], some.measurements["tokens"] = 10_000, np.arange(200)
+    models, examples, _, snapshots = BY_NAME["Q16"].judge({str(n): some for n in range(34)})
+    assert all(c.holds[""] for c in (models, examples, snapshots))
+
+
+def test_the_verdict_counts_what_holds():
+    def of(*holds):
+        return verdict([Check("", dict.fromkeys("abcd", 1.0), dict(enumerate(holds)), "")])
+
+    assert of(True, True) == "reproduced"
+    assert of(True, False) == "partly"
+    assert of(True, False, False) == "not reproduced"
+    assert of() == "not testable at this scale"
+    assert verdict([]) == verdict([check("", {}, bool)]) == "no records"
+    assert verdict([check("", {"a": 1}, bool), check("", {}, bool)]) == "partly"
+
+
+def test_how_a_check_is_told():
+    values = {"1L": 0.1, "2L": 0.3, "3L": NONE}
+    assert (
+        str(check("share", values, lambda x: x < 0.2))
+        == "share +0.10 to +0.30 (1 of 3, not 2L, 3L)"
+    )
+    assert str(check("share", {"1L": 0.25}, lambda x: x > 1, ".0%")) == "share 25% (1L: fails)"
+    assert str(check("shares", {"1L": 0.25, "2L": 0.25}, form=".0%")) == "shares 25%"
+    assert str(check("score", {"1L": NONE})) == "score none"
+    assert str(check("bump", {"1L": True, "2L": True}, bool, "")) == "bump (2 of 2)"
+    assert str(check("score", {})) == "score: no records"
+
+
+def test_the_tables_have_a_row_for_every_claim_and_run(good):
+    found = tables.tables(good)
+    header, _, *rows = found["claims"].splitlines()
+    assert header == "|  | claim | paper | ours | verdict | figure | command |"
+    assert [row.split(" | ")[0] for row in rows] == [f"| {claim.name}" for claim in CLAIMS]
+    header, _, *rows = found["runs"].splitlines()
+    assert all(row.count(" | ") == header.count(" | ") for row in rows)
+    names = [row.split(" | ")[0] for row in rows]
+    assert names[0] == "| one layer, seed 0" and names[-1] == "| two layers, width 192, seed 0"
+    assert "| two layers, smeared keys, seed 0" in names
+    assert rows[1].startswith(
+        "| two layers, seed 0 | 3.40 to 4.60 | 0.50 to 0.50 | -0.05 to -0.39 | 46, 45 of 89 |"
+        " -0.40 ± 0.10 | -0.40 ± 0.02 | 0.50 (1:0)"
+    )
+
+
+def test_the_tables_are_put_between_their_comments(good, tmp_path, capsys):
+    page = tmp_path / "README.md"
+    places = (
+        "<!-- claims -->\n<!-- end of claims -->\n",
+        "<!-- runs -->\nold\n<!-- end of runs -->\n",
+    )
+    empty = "top\n{}middle\n{}end\n".format(*places)
+    page.write_text(empty)
+    assert tables.main([str(good), "--write", str(page)]) == 0
+    once = page.read_text()
+    assert tables.main([str(good), "--write", str(page)]) == 0
+    assert page.read_text() == once
+    assert "\nold\n" not in once
+    for name, table in tables.tables(good).items():
+        assert tables.between_comments(once, name)[2] == table
+    assert re.sub(r"(?m)^\|.*\n", "", once) == empty.replace("old\n", "")
+
+
+def test_a_page_without_a_place_is_told_in_one_line(good, tmp_path, capsys):
+    page = tmp_path / "README.md"
+    page.write_text("nothing")
+    assert tables.main([str(good), "--write", str(page)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "<!-- claims -->" in error
+    assert page.read_text() == "nothing"
+    assert tables.main([str(tmp_path)]) == 2
+
+
+def test_the_tables_are_printed(good, capsys):
+    assert tables.main([str(good)]) == 0
+    assert capsys.readouterr().out == "\n\n".join(tables.tables(good).values()) + "\n"
+
+
+def test_the_readme_and_the_records_say_the_same(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    folder = Path("results/mini")
+    if not list(folder.glob("*/summary.json")):
+        pytest.skip("no records of runs in results/mini")
+    readme = Path("README.md").read_text()
+    for name, table in tables.tables(folder).items():
+        assert tables.between_comments(readme, name)[2] == table
