@@ -118,6 +118,11 @@ PASSAGES = {
 }
 
 
+def word_places(text, words, piece):
+    """Where that piece of each word stands, occurrence by occurrence: {word: [place]}."""
+    return {word: [places[piece] for places in text.find_all(word)] for word in words}
+
+
 def literal_copying(text):
     """Text of two parts -> Task: behind them the first part comes again, and there the token that
     came next in the first copy is right; all of that copy are candidates.
@@ -256,8 +261,9 @@ def head_rows(scores):
 
 
 def token_view(task, pattern, attribution, head, encoding, least=0.05):
-    """What a figure of one head's attention on the text needs: the tokens, and for every query the
-    keys that it attends to by at least that much: [query, key, attention, nats].
+    """What a figure of one head's attention on the text needs: the tokens; for every query the keys
+    that it attends to by at least that much: [query, key, attention, nats]; the right keys: [query,
+    key].
     """
     pattern, attribution = pattern[head], attribution[head]
     edges = [
@@ -267,6 +273,7 @@ def token_view(task, pattern, attribution, head, encoding, least=0.05):
     return {
         "tokens": [encoding.decode([token]) for token in task.tokens.tolist()],
         "edges": edges,
+        "right": task.right.nonzero().tolist(),
     }
 
 
@@ -297,9 +304,10 @@ def measure_literal_copying(model, name, encoding):
     n_first = len(text.parts[0])
 
     def losses_of(words, piece):
+        found = word_places(text, words, piece)
         return {
-            word: [round(losses[places[piece]].item(), 2) for places in text.find_all(word)]
-            for word in words
+            word: [round(losses[place].item(), 2) for place in places]
+            for word, places in found.items()
         }
 
     return {

@@ -26,6 +26,9 @@ from safety import BadInput
 # what a run of each scale has unless its flags say otherwise: others belong to the width sweep
 WIDTHS = {"mini": 128, "small": 768, "paper": 768}
 
+# what the other words of a title do not tell
+SERIES_IN_TITLES = {"second corpus": ", second corpus", "width": ", width {d_model}"}
+
 PREFIX_MATCHING = 0.4  # metrics.INDUCTION_PREFIX_MATCHING, which needs torch
 
 
@@ -121,7 +124,8 @@ class Run:
         config = self.made["config"]
         kind = "attention-only" if config["d_mlp"] == 0 else "with MLPs"
         layers = "1 layer" if self.n_layers == 1 else f"{self.n_layers} layers"
-        return f"{layers}, {kind}{', smeared keys' if config['smear'] else ''}"
+        smear = ", smeared keys" if config["smear"] else ""
+        return f"{layers}, {kind}{smear}{SERIES_IN_TITLES.get(self.series, '').format(**config)}"
 
     @property
     def is_plain_one_layer(self):
@@ -164,3 +168,16 @@ def read_arrays(path):
 
 def missing(path):
     return BadInput(f"{path} is missing; plots/runs.py tells which script writes it")
+
+
+def head_on_passage(passage, name, shown, layer, head):
+    """A head on one text of passage.npz (passage.py) -> pattern, 0 to 1, and logit attribution,
+    nats, each [query, key]. shown: which of the snapshots that are shown.
+    """
+    steps = [passage[f"{name}_{what}"][shown, layer, head] for what in ("pattern", "attribution")]
+    scale = passage[f"{name}_attribution_scale"][shown, layer, head]
+    n_tokens = int((2 * len(steps[0])) ** 0.5)  # there are n (n + 1) / 2 pairs of n tokens
+    pattern, attribution = np.zeros((2, n_tokens, n_tokens))
+    pairs = np.tril_indices(n_tokens)
+    pattern[pairs], attribution[pairs] = steps[0] / 255, steps[1] * scale
+    return pattern, attribution

@@ -59,17 +59,35 @@ def save(figure, path):
     print(f"-> {path}")
 
 
-def script(doc, draw):
-    """The main(argv) of a figure: RUN [RUN ...] --out FILE.png, drawn by draw(runs)."""
+def caption(figure, text):
+    """A small grey line under the figure: its number in the paper, on how many examples."""
+    figure.supxlabel(text, x=0.005, ha="left", fontsize=7.5, color="0.4")
+
+
+def not_available(ax, why):
+    """An empty panel that says so."""
+    text = f"N/A\n{why}"
+    ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color="0.4")
+    ax.set_facecolor("0.97")
+
+
+def script(doc, draw, add_flags=lambda add: None):
+    """The main(argv) of a figure: RUN [RUN ...] --out FILE.png, drawn by draw(runs).
+
+    add_flags(add): more flags, which draw takes by name.
+    """
 
     @one_line_errors
     def main(argv=None):
         parser = ArgumentParser(doc)
-        parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
-        parser.add_argument("--out", type=Path, required=True, help="the picture to write (.png)")
-        args = parser.parse_args(argv)
-        if args.out.suffix != ".png":
-            raise BadInput(f"--out {args.out}: must end in .png")
-        save(draw([load_run(folder) for folder in args.runs]), args.out)
+        add = parser.add_argument
+        add("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+        add("--out", type=Path, required=True, help="the picture to write (.png)")
+        add_flags(add)
+        flags = vars(parser.parse_args(argv))
+        runs, out = flags.pop("runs"), flags.pop("out")
+        if out.suffix != ".png":
+            raise BadInput(f"--out {out}: must end in .png")
+        save(draw([load_run(folder) for folder in runs], **flags), out)
 
     return main

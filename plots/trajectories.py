@@ -1,0 +1,196 @@
+"""Training as a path: per-token losses of all models in the plane of their first two principal
+components.
+
+    python plots/trajectories.py RUN [RUN ...] --out FILE.png
+
+Figure F7 of the paper ("Argument 1"): each snapshot of a model is a point, its losses at one token
+of each example. All plain models of a corpus, with and without MLPs, share one plane; smeared keys
+and other widths are projected into it. A second corpus has other examples and so a plane of its
+own. In the phase change models of two layers and more turn.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+
+# `python plots/trajectories.py` puts plots/ on the path, not the folder above it
+sys.path.append(str(Path(__file__).parent.parent))
+
+from plots import style
+from plots.style import plt
+
+
+@dataclasses.dataclass(frozen=True)
+class Plane:
+    """The first two principal components of per-token losses."""
+
+    centre: np.ndarray  # [token]
+    axes: np.ndarray  # [token, 2], orthonormal
+    explained: np.ndarray  # [2]: shares of the variance
+
+    def project(self, losses):
+        """losses [snapshot, token] -> points [snapshot, 2], nats."""
+        return (losses[:, : len(self.centre)] - self.centre) @ self.axes
+
+
+def losses_through_training(run):
+    """(millions of training tokens [snapshot], per-token losses [snapshot, token]), without the
+    untrained model.
+    """
+    trained = run.evaluation["tokens"] > 0
+    losses = run.evaluation["per_token_loss"][trained].astype(np.float64)
+    return run.evaluation["tokens"][trained] / 1e6, losses
+
+
+def principal_plane(losses):
+    """The plane of losses [snapshot, token], centred and not scaled.
+
+    From the Gram matrix [snapshot, snapshot], which is small for any number of tokens. The signs of
+    the axes are such that the last snapshot lies to the right and above.
+    """
+    centre = losses.mean(axis=0)
+    offsets = losses - centre
+    variances, vectors = np.linalg.eigh(offsets @ offsets.T)  # ascending
+    first_two = vectors[:, :-3:-1]
+    axes = offsets.T @ first_two / np.sqrt(variances[:-3:-1])
+    axes *= np.where(offsets[-1] @ axes < 0, -1, 1)
+    return Plane(centre, axes, variances[:-3:-1] / variances.sum())
+
+
+def joint_pca(runs):
+    """The `Plane` of all snapshots of those of the runs that are plain (of all, if none is).
+
+    The examples of a run are the first of a list that never changes: of runs measured on different
+    numbers of them the common ones count.
+    """
+    some = [run for run in runs if is_plain(run)] or runs
+    losses = [losses_through_training(run)[1] for run in some]
+    n_tokens = min(part.shape[1] for part in losses)
+    return principal_plane(np.concatenate([part[:, :n_tokens] for part in losses]))
+
+
+def is_plain(run):
+    return not run.made["config"]["smear"] and run.series != "width"
+
+
+def pivot_angle(points, tokens, window):
+    """By how much a path turns where the window begins: the angle, 0 to 180 degrees, between its
+    mean velocity until then and its mean velocity in the window. nan if either is zero.
+
+    points [snapshot, dimension] at `tokens` [snapshot]; window: (start, end), in the same unit. A
+    mean velocity is the way from one snapshot to another by the tokens between, so only the
+    snapshots next to 0, start and end count.
+
+    In the plane a straight path has 0 and the paper's "orthogonal pivot" 90. In the space of all
+    losses angles are near 90 for any path: tokens are learned one after the other.
+    """
+    start, end = (np.abs(tokens - edge).argmin() for edge in window)
+    before, within = points[start] - points[0], points[end] - points[start]
+    length = np.linalg.norm(before) * np.linalg.norm(within)
+    return np.degrees(np.arccos(np.clip(before @ within / length, -1, 1))) if length else np.nan
+
+
+@dataclasses.dataclass(frozen=True)
+class Pivot:
+    """The turn of one run's path, in degrees."""
+
+    window: tuple  # millions of tokens
+    own_window: bool  # a run without one is judged in the median window of the others
+    in_plane: float
+    in_space: float
+
+
+def pivots(runs):
+    """{name: Pivot} of runs on the same examples, in their joint plane; empty if none of them has a
+    phase change.
+    """
+    windows = [run.window for run in runs if run.window and is_plain(run)]
+    windows = windows or [run.window for run in runs if run.window]
+    if not windows:
+        return {}
+    plane, usual, found = joint_pca(runs), tuple(np.median(windows, axis=0)), {}
+    for run in runs:
+        millions, losses = losses_through_training(run)
+        window = run.window or usual
+        angles = (pivot_angle(x, millions, window) for x in (plane.project(losses), losses))
+        found[run.name] = Pivot(window, run.window is not None, *angles)
+    return found
+
+
+def by_examples(runs):
+    """The runs, in lists of those that are measured on the same examples."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(run.made["corpus"]["sha256"], []).append(run)
+    return list(groups.values())
+
+
+def draw_path(ax, run, plane, others=()):
+    """The run's path in the plane, with its phase change outlined; those of others in grey."""
+    for other in others:
+        ax.plot(*plane.project(losses_through_training(other)[1]).T, color="0.88", lw=1, zorder=0)
+    millions, losses = losses_through_training(run)
+    points = plane.project(losses)
+    if run.window:
+        first, last = (np.abs(millions - edge).argmin() for edge in run.window)
+        ax.plot(*points[first : last + 1].T, color=style.WINDOW_COLOUR, lw=7, zorder=1)
+    colour = style.depth_colour(run.n_layers)
+    ax.plot(*points.T, color=colour, lw=1.6, marker=".", ms=4)
+    ax.plot(*points[0], marker="o", ms=6, mfc="white", mec=colour, ls="", label="start")
+    ax.plot(*points[-1], marker="s", ms=6, mfc=colour, mec=colour, ls="", label="end")
+    for tip in time_arrows(points):
+        ax.annotate(
+            "", points[tip], points[tip - 1], arrowprops={"arrowstyle": "-|>", "color": colour}
+        )
+    ax.margins(0.08)
+
+
+def time_arrows(points):
+    """The snapshots at which arrows point: a quarter, half and three quarters along the way."""
+    way = np.linalg.norm(np.diff(points, axis=0), axis=1).cumsum()
+    return {1 + int(np.searchsorted(way, part * way[-1])) for part in (0.25, 0.5, 0.75)}
+
+
+def label_axes(ax, plane):
+    for set_label, name, share in zip(
+        (ax.set_xlabel, ax.set_ylabel), ("PC 1", "PC 2"), plane.explained, strict=True
+    ):
+        set_label(f"{name} (nats; {share:.0%} of variance)")
+
+
+def draw(runs):
+    """-> a figure with one panel a run, in rows by series."""
+    rows = []
+    for group in by_examples(runs):
+        plane, turns = joint_pca(group), pivots(group)
+        series = dict.fromkeys(run.series for run in group)
+        rows += [(plane, group, turns, [r for r in group if r.series == s]) for s in series]
+    n_columns = max(len(row[-1]) for row in rows)
+    figure, axes = plt.subplots(
+        len(rows), n_columns, figsize=(1 + 2.6 * max(n_columns, 3), 0.6 + 2.9 * len(rows)),
+        layout="constrained", squeeze=False,
+    )  # fmt: skip
+    for panels, (plane, group, turns, members) in zip(axes, rows, strict=True):
+        for ax, run in zip(panels, members, strict=False):
+            draw_path(ax, run, plane, [other for other in group if other is not run])
+            ax.set_title(run.title + pivot_label(turns.get(run.name)), fontsize=8.5)
+            ax.set_xlabel("PC 1 (nats)")
+        label_axes(panels[0], plane)
+        for ax in panels[len(members) :]:
+            ax.set_axis_off()
+    axes[0, 0].legend(loc="best")
+    return figure
+
+
+def pivot_label(pivot):
+    if pivot is None:
+        return ""
+    return f"\nturns by {pivot.in_plane:.0f}°" + ("" if pivot.own_window else " (no window)")
+
+
+main = style.script(__doc__, draw)
+
+if __name__ == "__main__":
+    sys.exit(main())
