@@ -58,11 +58,7 @@ def main(argv=None):
     add(
         "--no-bands", action="store_true", help="score positions 50, 500 and one more alone: faster"
     )
-    add(
-        "--snapshots",
-        type=int,
-        help=f"of a run, evenly spaced; those of the phase change are added (default: {SNAPSHOTS})",
-    )
+    evaluate.add_snapshots_flag(add, SNAPSHOTS)
     add(
         "--substitute",
         choices=substitute.PATTERNS,
@@ -100,8 +96,7 @@ def check_flags(args):
         )
     if args.substitute and is_run:
         raise BadInput(f"--substitute takes one snapshot, and {args.path} is a folder")
-    if args.snapshots is not None and (not is_run or args.snapshots < 2):
-        raise BadInput("--snapshots needs the folder of a run, and at least 2 of its snapshots")
+    evaluate.check_snapshots(args)
     suffix = ".json" if args.substitute else ".npz"
     if args.out and args.out.suffix != suffix:
         raise BadInput(f"--out {args.out}: the name has to end in {suffix}")
@@ -142,20 +137,14 @@ def ablate_snapshot(args, ranks):
 
 
 def ablate_run(args, ranks):
-    paths = {int(path.stem.split("_")[1]): path for path in evaluate.snapshots_of(args.path)}
-    measurements = args.path / "measurements.npz"
-    if not measurements.exists():
-        raise BadInput(f"{args.path}: not measured yet: run python evaluate.py {args.path} first")
-    measured = [record for record in read_records(measurements) if int(record["step"]) in paths]
-    window = evaluate.find_phase_change(measured)
+    paths, window = evaluate.choose_snapshots(args.path, args.snapshots or SNAPSHOTS)
     setup = Ablations(args, ranks, paths[max(paths)])
     if window:
-        setup.find_vector(*(paths[int(measured[n]["step"])] for n in window))
-    wanted = choose(sorted(paths), args.snapshots or SNAPSHOTS, setup.window)
+        setup.find_vector(*(paths[step] for step in window))
     out = args.out or args.path / "ablations.npz"
     records = take_up(setup, out)
     done = {int(record["step"]) for record in records}
-    left = [step for step in wanted if step not in done]
+    left = [step for step in paths if step not in done]
     progress = Progress(ranks.is_first, "snapshots")
     for n, step in enumerate(left):
         model, about = setup.load(paths[step])
@@ -175,9 +164,29 @@ def substitute_in_snapshot(args, ranks):
     model, about = setup.load(args.path)
     wanted = args.heads or substitute.CLASS[args.substitute]
     heads = evaluate.pick_heads(setup.table, wanted)
-    if not heads:
-        raise BadInput(f"this model has no {wanted} head: name heads with --heads")
+    table = substitution_table(setup, model, heads) if heads else []
+    if not ranks.is_first:
+        return
+    print(f"{args.path}: after {about['step']:,} steps, {about['tokens'] / 1e6:.2f}M tokens")
     n = args.examples
+    if heads:
+        print(
+            f"pattern replaced by {args.substitute}, everything after it recomputed; mean loss in"
+            f" nats over all positions of {n:,} examples; fitted on"
+            f" {substitute.FIT_EXAMPLES} others"
+        )
+        substitute.print_rows(table)
+    else:
+        print(f"this model has no {wanted} head: nothing to substitute; --heads takes others")
+    if args.out:
+        content = {"pattern": args.substitute, "examples": n, "corpus": setup.corpus.sha256}
+        write_json(args.out, content | {"machine": setup.machine(), "rows": table})
+        print(f"-> {args.out}")
+
+
+def substitution_table(setup, model, heads):
+    """A row for each of the heads, and one for all of them together."""
+    args, ranks, n = setup.args, setup.ranks, setup.args.examples
     rows = evaluation_rows(setup.corpus, evaluate.N_CTX, n + substitute.FIT_EXAMPLES)
     measured, others = (
         [x[some].to(args.device) for x in rows] for some in (slice(n), slice(n, None))
@@ -193,24 +202,7 @@ def substitute_in_snapshot(args, ranks):
             )
         )
         progress(len(table), len(sets))
-    if not ranks.is_first:
-        return
-    print(f"{args.path}: after {about['step']:,} steps, {about['tokens'] / 1e6:.2f}M tokens")
-    print(
-        f"pattern replaced by {args.substitute}, everything after it recomputed; mean loss in nats"
-        f" over all positions of {n:,} examples; fitted on {substitute.FIT_EXAMPLES} others"
-    )
-    substitute.print_rows(table)
-    if args.out:
-        content = {"pattern": args.substitute, "examples": n, "corpus": setup.corpus.sha256}
-        write_json(args.out, content | {"machine": setup.machine(), "rows": table})
-        print(f"-> {args.out}")
-
-
-def choose(steps, n_wanted, window):
-    """n_wanted of the steps, evenly spaced from first to last, and those of the window."""
-    places = np.linspace(0, len(steps) - 1, min(n_wanted, len(steps))).round().astype(int)
-    return sorted({steps[place] for place in places} | set(window))
+    return table
 
 
 def take_up(setup, out):

@@ -39,6 +39,9 @@ import metrics
 from evaluate import (
     HEAD_SCORES,
     add_corpus_flags,
+    add_snapshots_flag,
+    check_snapshots,
+    choose_snapshots,
     corpus_of,
     draw_examples,
     head_scores,
@@ -384,11 +387,16 @@ def main(argv=None):
     add = parser.add_argument
     add("path", type=Path, help="the folder of a run, or one snapshot")
     add_corpus_flags(add)
+    add_snapshots_flag(add, "all")
     add("--out", type=Path, help="JSON file for the record (default: none)")
     args = parser.parse_args(argv)
+    check_snapshots(args)
     device = pick_device(args.device)
     is_run = args.path.is_dir()
-    paths = snapshots_of(args.path) if is_run else [args.path]
+    if args.snapshots:
+        paths = list(choose_snapshots(args.path, args.snapshots)[0].values())
+    else:
+        paths = snapshots_of(args.path) if is_run else [args.path]
     corpus = corpus_of(args, load_snapshot(paths[0])[1]["corpus"], Ranks(device))
     examples, cores = draw_examples(corpus, 2).to(device), Cores(device)
 

@@ -2,6 +2,7 @@
 
     python evaluate.py runs/NAME/snapshots/X.pt   one snapshot: a table of its heads
     python evaluate.py runs/NAME                  all of a run, on more examples than training took
+    python evaluate.py runs/NAME --snapshots 30   some of a run, beside what training measured
 
 `train.py` calls `measure` on each snapshot as it takes it. A record holds, for one snapshot, the
 paper's quantities (see metrics.py): in-context learning score, loss by position, the per-token loss
@@ -22,7 +23,7 @@ from corpora import BUILT_IN, open_corpus
 from data import EVALUATION_SEED, evaluation_rows, random_sequences
 from kernels.attention import previous_token_attention
 from parallel import Cores, Ranks
-from records import read_json, write_json, write_records
+from records import read_json, read_records, write_json, write_records
 from safety import ArgumentParser, BadInput, one_line_errors
 from snapshots import load_snapshot
 
@@ -380,8 +381,15 @@ def main(argv=None):
     add = parser.add_argument
     add("path", type=Path, help="the folder of a run, or one snapshot")
     add_flags(add)
-    add("--out", type=Path, help="file for the records (default: a run's own, a snapshot's none)")
+    add_snapshots_flag(add, "all")
+    add(
+        "--out",
+        type=Path,
+        help="file for the records (default: measurements.npz of a run, evaluation.npz with"
+        " --snapshots, none of a snapshot)",
+    )
     args = parser.parse_args(argv)
+    check_snapshots(args)
     args.device = pick_device(args.device)
     args.kernels = pick_kernels(args.kernels, args.device)
     ranks = Ranks(args.device)
@@ -389,6 +397,21 @@ def main(argv=None):
         return evaluate_run(args, ranks) if args.path.is_dir() else evaluate_snapshot(args, ranks)
     finally:
         ranks.close()
+
+
+def add_snapshots_flag(add, default):
+    """What `choose_snapshots` needs; `check_snapshots` refuses what it cannot mean."""
+    add(
+        "--snapshots",
+        type=int,
+        help="so many of a run's, evenly spaced; those of the phase change are added"
+        f" (default: {default})",
+    )
+
+
+def check_snapshots(args):
+    if args.snapshots is not None and (not args.path.is_dir() or args.snapshots < 2):
+        raise BadInput("--snapshots needs the folder of a run, and at least 2 of its snapshots")
 
 
 def evaluate_snapshot(args, ranks):
@@ -411,8 +434,11 @@ def evaluate_snapshot(args, ranks):
 
 
 def evaluate_run(args, ranks):
-    paths = snapshots_of(args.path)
-    out = args.out or args.path / "measurements.npz"
+    if args.snapshots:
+        paths, _ = choose_snapshots(args.path, args.snapshots)
+        paths, out = list(paths.values()), args.out or args.path / "evaluation.npz"
+    else:
+        paths, out = snapshots_of(args.path), args.out or args.path / "measurements.npz"
     if ranks.is_first and out.exists():
         print(f"{out} will be replaced when all {len(paths)} snapshots are measured", flush=True)
     measure_file = prepare(args, load_snapshot(paths[0])[1]["corpus"], ranks)
@@ -426,6 +452,10 @@ def evaluate_run(args, ranks):
     if not ranks.is_first:
         return
     write_records(out, records)
+    if args.snapshots:  # too few to find the phase change on
+        print_heads(heads_table(records[-1]))
+        print(f"{one_line(records[-1])}\n-> {out}")
+        return
     summary = summarise(records, records.__getitem__)
     if args.out is None and (args.path / "summary.json").exists():
         summary = read_json(args.path / "summary.json") | summary
@@ -440,6 +470,21 @@ def snapshots_of(run):
     if not paths:
         raise BadInput(f"{run}: no snapshots in this folder")
     return paths
+
+
+def choose_snapshots(run, n_wanted):
+    """Some snapshots of a run: n_wanted of them, evenly spaced from first to last, and those where
+    its phase change starts and ends -> ({step: path}, the steps of those two, or ()).
+    """
+    paths = {int(path.stem.split("_")[1]): path for path in snapshots_of(run)}
+    measurements = run / "measurements.npz"
+    if not measurements.exists():
+        raise BadInput(f"{run}: not measured yet: run python evaluate.py {run} first")
+    measured = [record for record in read_records(measurements) if int(record["step"]) in paths]
+    window = tuple(int(measured[n]["step"]) for n in find_phase_change(measured) or ())
+    steps = list(paths)
+    even = np.linspace(0, len(steps) - 1, min(n_wanted, len(steps))).round().astype(int)
+    return {step: paths[step] for step in sorted({*(steps[n] for n in even), *window})}, window
 
 
 def prepare(args, trained_on, ranks):

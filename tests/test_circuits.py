@@ -15,6 +15,7 @@ from circuits import Reading
 from evaluate import logit_effect
 from kernels.attention import smear_keys
 from model import ModelConfig, Transformer, config_for, layer_norm_divisor
+from records import write_records
 from snapshots import save_snapshot
 from tests.circuits_by_hand import (
     HERE,
@@ -380,6 +381,16 @@ def test_a_run_is_read_snapshot_by_snapshot(run, command, tmp_path, capsys):
     assert record["conclusion"] in lines and "matches prefixes best" in record["conclusion"]
 
 
+def test_some_snapshots_of_a_run_are_read(run, command, tmp_path, capsys):
+    extra = run / "snapshots" / "step_0000003.pt"
+    extra.write_bytes((run / "snapshots" / "step_0000005.pt").read_bytes())
+    measured = [{"step": step, "tokens": step, "icl_band_score": 0.0} for step in (0, 3, 5)]
+    write_records(run / "measurements.npz", measured)
+    assert circuits.main(command(run, "--snapshots", "2", "--out", "record.json")) == 0
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert [snapshot["step"] for snapshot in record["snapshots"]] == [0, 5]
+
+
 def test_a_single_layer_has_no_composition(run, command, tmp_path, capsys):
     assert circuits.main(command(tmp_path / "one.pt")) == 0
     output = capsys.readouterr().out
@@ -397,6 +408,7 @@ def test_bad_input_is_one_line(run, command, tmp_path, capsys):
     assert "damaged" in refused(command("foreign.pt"))
     assert "nowhere.pt" in refused(command("nowhere.pt"))
     assert "no snapshots" in refused(command(tmp_path))
+    assert "folder of a run" in refused(command("one.pt", "--snapshots", "2"))
     assert "pass --data" in refused([str(run)])
     origin = {"data": "python", "name": "x", "sha256": "y"}
     model = Transformer(config_for("mini", 1, True, 500)).init_weights(0)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import evaluate
 from model import Transformer, config_for
 from parallel import Cores, Ranks
-from records import read_records
+from records import read_records, write_records
 from safety import BadInput
 from snapshots import load_snapshot, save_snapshot
 from vocabulary import PYTHON_1024
@@ -188,6 +188,34 @@ def test_a_summary_without_a_phase_change_says_so():
     assert evaluate.conclusion(summary).startswith("no phase change")
 
 
+def test_chosen_snapshots_are_even_with_those_of_the_phase_change(tmp_path):
+    (tmp_path / "snapshots").mkdir()
+    change = 1 / (1 + np.exp(-(np.arange(101) - 60) / 4))
+    write_records(tmp_path / "measurements.npz", make_records(-0.4 * change, 0.7 * change))
+    for n in range(101):
+        (tmp_path / "snapshots" / f"step_{10 * n:07d}.pt").touch()
+    paths, window = evaluate.choose_snapshots(tmp_path, 5)
+    assert 470 <= window[0] <= 510 and 690 <= window[1] <= 730
+    assert list(paths) == sorted({0, 250, 500, 750, 1000, *window})
+    assert all(path.name == f"step_{step:07d}.pt" for step, path in paths.items())
+    assert len(evaluate.choose_snapshots(tmp_path, 1000)[0]) == 101
+    write_records(tmp_path / "measurements.npz", make_records(0 * change, 0 * change))
+    paths, window = evaluate.choose_snapshots(tmp_path, 3)
+    assert list(paths) == [0, 500, 1000] and window == ()
+    (tmp_path / "measurements.npz").unlink()
+    with pytest.raises(BadInput, match="not measured yet"):
+        evaluate.choose_snapshots(tmp_path, 3)
+
+
+def test_records_come_back_exactly(tmp_path):
+    noise = np.random.default_rng(0).normal(size=(3, 2, 5))
+    records = [{"step": n, "a": row, "b": np.float32(row)} for n, row in enumerate(noise)]
+    write_records(tmp_path / "a.npz", records)
+    for record, found in zip(records, read_records(tmp_path / "a.npz"), strict=True):
+        assert all(np.array_equal(record[name], found[name]) for name in record)
+        assert found["b"].dtype == np.float32
+
+
 # the command line
 
 
@@ -234,6 +262,22 @@ def test_a_run_is_measured_snapshot_by_snapshot(run, text_file, capsys):
     assert summary["loss"] == pytest.approx(records[1]["loss"])
 
 
+def test_some_snapshots_are_measured_beside_what_training_measured(run, text_file, capsys):
+    assert evaluate.main(command(run, text_file)) == 0
+    (run / "summary.json").write_text("{}")
+    before = (run / "measurements.npz").read_bytes()
+    extra = run / "snapshots" / "step_0000003.pt"
+    extra.write_bytes((run / "snapshots" / "step_0000005.pt").read_bytes())
+    assert evaluate.main(command(run, text_file, "--snapshots", "2")) == 0
+    assert [int(r["step"]) for r in read_records(run / "evaluation.npz")] == [0, 5]
+    assert "evaluation.npz" in capsys.readouterr().out.splitlines()[-1]
+    out = ["--out", str(run / "other.npz")]
+    assert evaluate.main(command(run, text_file, "--snapshots", "2", *out)) == 0
+    assert (run / "other.npz").exists()
+    assert (run / "measurements.npz").read_bytes() == before
+    assert (run / "summary.json").read_text() == "{}"
+
+
 def test_another_corpus_than_the_one_trained_on_is_named(run, tmp_path, capsys):
     (tmp_path / "other.txt").write_text(
         "quick brown foxes jump over 37 lazy dogs; why not?\n" * 2000
@@ -260,6 +304,9 @@ def test_bad_input_is_one_line(run, text_file, tmp_path, capsys):
     assert "at least 2" in refused(capsys, command(snapshot, text_file, "--examples", "1"))
     assert "holds out only" in refused(capsys, command(snapshot, text_file, "--examples", "100000"))
     assert "no snapshots" in refused(capsys, command(tmp_path, text_file))
+    assert "not measured" in refused(capsys, command(run, text_file, "--snapshots", "2"))
+    assert "folder of a run" in refused(capsys, command(snapshot, text_file, "--snapshots", "2"))
+    assert "at least 2" in refused(capsys, command(run, text_file, "--snapshots", "1"))
     assert "nowhere.pt" in refused(capsys, command("nowhere.pt", text_file))
     assert "invalid int" in refused(capsys, command(snapshot, text_file, "--examples", "all"))
     assert "run on a GPU" in refused(capsys, command(snapshot, text_file, "--kernels", "triton"))
