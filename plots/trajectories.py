@@ -48,14 +48,14 @@ def principal_plane(losses):
     """The plane of losses [snapshot, token], centred and not scaled.
 
     From the Gram matrix [snapshot, snapshot], which is small for any number of tokens. The signs of
-    the axes are such that the last snapshot lies to the right and above.
+    the axes are such that the first snapshot lies to the left and above: training moves right.
     """
     centre = losses.mean(axis=0)
     offsets = losses - centre
     variances, vectors = np.linalg.eigh(offsets @ offsets.T)  # ascending
     first_two = vectors[:, :-3:-1]
     axes = offsets.T @ first_two / np.sqrt(variances[:-3:-1])
-    axes *= np.where(offsets[-1] @ axes < 0, -1, 1)
+    axes *= np.where(offsets[0] @ axes * (-1, 1) < 0, -1, 1)
     return Plane(centre, axes, variances[:-3:-1] / variances.sum())
 
 
@@ -139,22 +139,23 @@ def draw_path(ax, run, plane, others=()):
         first, last = (np.abs(millions - edge).argmin() for edge in run.window)
         ax.plot(*points[first : last + 1].T, color=style.WINDOW_COLOUR, lw=7, zorder=1)
         for name, edge in ("A", first), ("B", last):
-            ax.annotate(name, points[edge], xytext=(9, -3), textcoords="offset points")
+            ax.annotate(
+                name, points[edge], xytext=(9, -4), textcoords="offset points", weight="bold"
+            )
     colour = style.depth_colour(run.n_layers)
     ax.plot(*points.T, color=colour, lw=1.6, marker=".", ms=4)
     ax.plot(*points[0], marker="o", ms=6, mfc="white", mec=colour, ls="", label="start")
     ax.plot(*points[-1], marker="s", ms=6, mfc=colour, mec=colour, ls="", label="end")
-    for tip in time_arrows(points):
-        ax.annotate(
-            "", points[tip], points[tip - 1], arrowprops={"arrowstyle": "-|>", "color": colour}
-        )
+    tip = quarter_way(points)
+    arrow = {"arrowstyle": "-|>", "color": colour, "mutation_scale": 16, "shrinkB": 0}
+    ax.annotate("", points[tip], points[tip - 1], arrowprops=arrow)
     ax.margins(0.08)
 
 
-def time_arrows(points):
-    """The snapshots at which arrows point: a quarter, half and three quarters along the way."""
+def quarter_way(points):
+    """The snapshot at which a quarter of the path's length lies behind."""
     way = np.linalg.norm(np.diff(points, axis=0), axis=1).cumsum()
-    return {1 + int(np.searchsorted(way, part * way[-1])) for part in (0.25, 0.5, 0.75)}
+    return 1 + int(np.searchsorted(way, way[-1] / 4))
 
 
 def label_axes(ax, plane):
@@ -178,6 +179,8 @@ def draw(runs):
     )  # fmt: skip
     for panels, (plane, group, turns, members) in zip(axes, rows, strict=True):
         for ax, run in zip(panels, members, strict=False):
+            ax.sharex(panels[0])
+            ax.sharey(panels[0])
             draw_path(ax, run, plane, [other for other in group if other is not run])
             ax.set_title(style.column_title(run) + pivot_label(turns.get(run.name)), fontsize=8.5)
             ax.set_xlabel("PC 1 (nats)")
