@@ -16,21 +16,24 @@ TEXT = np.append(TEXT, [b"the", b" bell", b" the", b" bell"])
 RIGHT = [(9, 2), (10, 3), (11, 4)]  # the last token has no next one
 
 
-def make_passages(folder, seed=0):
-    """Losses by a generator; the second head of layer 1 attends to what came next the first time,
-    for 2 nats.
+def make_passages(folder, seed=0, window=(10, 20), tokens=100_000):
+    """Of 40 snapshots. Losses by a generator; in the last snapshot the second head of the last
+    layer attends to what came next the first time, for 2 nats.
+
+    window: the snapshots at its ends. tokens: between two snapshots.
     """
     rng = np.random.default_rng(seed)
     n, n_pairs = len(TEXT), len(TEXT) * (len(TEXT) + 1) // 2
     arrays = {
         "step": np.arange(40),
-        "tokens": np.arange(40) * 100_000,
-        "shown": np.array([0, 10, 15, 20, 39]),
-        "compared": np.array([10, 20]),
+        "tokens": np.arange(40) * tokens,
+        "shown": np.array([0, window[0], sum(window) // 2, window[1], 39]),
+        "compared": np.array(window),
     }
-    pattern = np.zeros((5, 2, 2, n_pairs), np.uint8)
+    n_layers = json.loads((folder / "run.json").read_text())["config"]["n_layers"]
+    pattern = np.zeros((5, n_layers, 2, n_pairs), np.uint8)
     for query, key in RIGHT:
-        pattern[-1, 1, 1, query * (query + 1) // 2 + key] = 204
+        pattern[-1, -1, 1, query * (query + 1) // 2 + key] = 204
     for name in ("Python", "prose"):
         loss = rng.uniform(0, 8, (40, n)).astype(np.float16)
         loss[:, 0] = np.nan
@@ -43,7 +46,7 @@ def make_passages(folder, seed=0):
             f"{name}_word_expected": np.array([True, False]),
             f"{name}_pattern": pattern,
             f"{name}_attribution": (pattern // 204 * 100).astype(np.int8),
-            f"{name}_attribution_scale": np.full((5, 2, 2), 0.02, np.float32),
+            f"{name}_attribution_scale": np.full((5, n_layers, 2), 0.02, np.float32),
         }
     np.savez(folder / "passage.npz", **arrays)
 
