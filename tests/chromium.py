@@ -22,9 +22,9 @@ PATIENCE = 120  # seconds to wait for an answer; the machine may be busy
 
 
 class Page:
-    """An open page. events: all that the browser has told of it."""
+    """A tab of its own browser. events: all that the browser has told of it."""
 
-    def __init__(self, path, profile):
+    def __init__(self, profile):
         commands, self.commands = _pipe()
         self.answers, answers = _pipe()
 
@@ -47,8 +47,12 @@ class Page:
         self.session = {"sessionId": session["sessionId"]}
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+
+    def load(self, path):
+        """Opens a file, afresh if it is the one that is open."""
+        n_events = len(self.events)
         self.call("Page.navigate", url=path.as_uri())
-        while not any(event["method"] == "Page.loadEventFired" for event in self.events):
+        while not any(e["method"] == "Page.loadEventFired" for e in self.events[n_events:]):
             self._read()
 
     def call(self, method, **parameters):

@@ -3,10 +3,8 @@
 import base64
 import io
 import json
-import os
 import re
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,7 +26,7 @@ def folder(tmp_path_factory):
     make_passages(folder / "1L", seed=1)
     (folder / "figures").mkdir()
     noise = np.random.default_rng(0).integers(255, size=(400, 2000, 3), dtype=np.uint8)
-    for name in ("phase-change", "passage"):
+    for name in ("passage", "ablations"):
         Image.fromarray(noise).save(folder / "figures" / f"{name}.png")
     return folder
 
@@ -65,10 +63,10 @@ def test_every_claim_and_every_figure_is_there(path, folder):
     for row in report.claims_table(folder):
         assert f"<td>{row['']}</td>" in content
     pictures = re.findall(r'<figure id="(.*?)">.*?base64,(.*?)">', content)
-    assert [name for name, _ in pictures] == ["passage", "phase-change"]
+    assert [name for name, _ in pictures] == ["ablations", "passage"]
     for _, picture in pictures:
         assert Image.open(io.BytesIO(base64.b64decode(picture))).size == (1600, 320)
-    assert 'href="#phase-change"' in content
+    assert 'href="#ablations"' in content
 
 
 def test_the_viewer_has_the_records(path, folder):
@@ -151,18 +149,18 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys):
 
 
 @pytest.fixture(scope="module")
-def page(path, tmp_path_factory):
+def page(tmp_path_factory):
     if chromium.PROGRAM is None:
         pytest.skip(f"none of {', '.join(chromium.NAMES)} is installed")
-    page = chromium.Page(path, tmp_path_factory.mktemp("profile"))
+    page = chromium.Page(tmp_path_factory.mktemp("profile"))
     yield page
     page.close()
 
 
 @pytest.fixture
-def viewer(page):
-    """The viewer at the last snapshot of 2L, on its Python text, at the example of head 1:1."""
-    page.evaluate("location.reload()")
+def viewer(page, path):
+    """The viewer at head 1:1 in the last snapshot of 2L, on its Python text."""
+    page.load(path)
     page.wait_for("document.querySelectorAll('#tokens span').length > 0")
     choose(page, "run", "2L: 2 layers, attention-only, seed 0")
     page.wait_for("document.querySelectorAll('#heads input').length === 4")
@@ -252,10 +250,3 @@ def test_picking_a_head_a_text_and_a_run_changes_it(viewer):
     viewer.wait_for("document.querySelectorAll('#heads input').length === 2")
     viewer.wait_for("when.textContent.includes('no phase change')")
     assert viewer.errors() == []
-
-
-@pytest.mark.skipif("SCREENSHOT" not in os.environ, reason="SCREENSHOT names a file to write")
-def test_screenshot(viewer):
-    viewer.mouse(f"#tokens span:nth-child({RIGHT[1][0] + 1})")
-    picture = viewer.call("Page.captureScreenshot")["data"]
-    Path(os.environ["SCREENSHOT"]).write_bytes(base64.b64decode(picture))
