@@ -29,7 +29,7 @@ from safety import ArgumentParser, BadInput, one_line_errors, write_whole
 TEMPLATE = Path(__file__).with_suffix(".html")
 LIMIT = 5_000_000  # bytes of the page
 WIDTHS = (1600, 1300, 1000, 800, 600)  # of its pictures, pixels: the first with which it fits
-PALETTE = 128  # colours
+QUALITY = 82  # of 100
 HEADS = 4  # of each layer in the viewer: those that match prefixes or see the last token best
 
 
@@ -37,12 +37,15 @@ HEADS = 4  # of each layer in the viewer: those that match prefixes or see the l
 
 
 def claims_html(rows):
-    """Rows of text by column, in Markdown as far as `inline` knows it -> <table>."""
+    """Rows of text by column, in Markdown as far as `inline` knows it -> <table>, in which every
+    cell has its column, and every row its verdict, as its class.
+    """
     heads = "".join(f"<th>{html.escape(column)}</th>" for column in rows[0])
     body = ""
     for row in rows:
-        cells = "".join(f"<td>{inline(cell)}</td>" for cell in row.values())
-        body += f"<tr>{cells}</tr>\n"
+        cells = (f'<td class="{column}">{inline(cell)}</td>' for column, cell in row.items())
+        verdict = row["verdict"].strip("*").replace(" ", "-")
+        body += f'<tr class="{verdict}">{"".join(cells)}</tr>\n'
     return f"<table><thead><tr>{heads}</tr></thead>\n<tbody>{body}</tbody></table>"
 
 
@@ -69,14 +72,14 @@ def figures_html(paths, width):
     """The pictures, each in a <figure> that has the file's name as its id."""
     return "\n".join(
         f'<figure id="{html.escape(path.stem)}"><figcaption>{html.escape(path.stem)}</figcaption>'
-        f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{in_base64(small)}">'
+        f'<img alt="{html.escape(path.stem)}" src="data:image/webp;base64,{in_base64(small)}">'
         "</figure>"
         for path, small in ((path, shrink(path, width)) for path in paths)
     )
 
 
 def shrink(path, width):
-    """A picture -> bytes of a .png at most so wide, with few colours."""
+    """A picture -> bytes of a .webp at most so wide."""
     try:
         with Image.open(path) as file:
             image = file.convert("RGB")
@@ -85,7 +88,7 @@ def shrink(path, width):
     if image.width > width:
         image = image.resize((width, round(image.height * width / image.width)), Image.LANCZOS)
     small = io.BytesIO()
-    image.quantize(PALETTE, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+    image.save(small, "webp", quality=QUALITY)
     return small.getvalue()
 
 
@@ -171,7 +174,8 @@ def text_of(passage, name, heads, first):
 
 def page(folder):
     """The whole page, with pictures as large as it can hold."""
-    runs = [run for run in load_all(folder).values() if (run.folder / "passage.npz").exists()]
+    runs = [run for run in load_all(folder).values() if run.has("passage.npz")]
+    runs.sort(key=lambda run: -run.n_layers)  # the first is shown first
     if not runs:
         raise BadInput(f"{folder}: no run has a passage.npz: python passage.py RUN makes it")
     paths = sorted((folder / "figures").glob("*.png"))

@@ -54,14 +54,15 @@ def test_the_page_is_small_and_asks_for_nothing(path):
     assert "default-src 'none'" in content
     assert not re.search(r"(src|href|url)\s*[=(]\s*[\"']?\s*(https?:)?//", content)
     links = re.findall(r"(?:src|href)=\"(.*?)\"", content)
-    assert links and all(link.startswith(("#", "data:image/png;base64,")) for link in links)
+    assert links and all(link.startswith(("#", "data:image/webp;base64,")) for link in links)
     assert "{{" not in content
 
 
 def test_every_claim_and_every_figure_is_there(path, folder):
     content = path.read_text()
     for row in report.claims_table(folder):
-        assert f"<td>{row['']}</td>" in content
+        assert f">{row['']}</td>" in content
+        assert f'class="{row["verdict"].strip("*").replace(" ", "-")}"' in content
     pictures = re.findall(r'<figure id="(.*?)">.*?base64,(.*?)">', content)
     assert [name for name, _ in pictures] == ["ablations", "passage"]
     for _, picture in pictures:
@@ -70,8 +71,8 @@ def test_every_claim_and_every_figure_is_there(path, folder):
 
 
 def test_the_viewer_has_the_records(path, folder):
-    one, two = data_of(path)
-    assert (one["name"], two["name"]) == ("1L", "2L")
+    two, one = data_of(path)
+    assert (two["name"], one["name"]) == ("2L", "1L")
     assert two["snapshots"] == [
         "0.00M tokens: before the phase change",
         "3.40M tokens: start of the phase change",
