@@ -11,6 +11,7 @@ that are the same for every model, snapshot and seed.
 """
 
 import dataclasses
+import functools
 import sys
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 import metrics
 from corpora import BUILT_IN, open_corpus
 from data import EVALUATION_SEED, evaluation_rows, random_sequences
-from kernels.attention import previous_token_attention
+from kernels.attention import head_statistics, previous_token_attention
 from parallel import Cores, Ranks
 from records import read_json, read_records, write_json, write_records
 from safety import ArgumentParser, BadInput, one_line_errors
@@ -41,7 +42,8 @@ class Examples:
     targets: torch.Tensor  # [example, 512]
     n_whole: int  # so many of the examples at every position, the others at those below
     scored: torch.Tensor  # [example, n]: places of the bands and of the per-token loss, the last
-    text: torch.Tensor  # [10, 512]: inputs as above, for the previous-token score
+    text: torch.Tensor  # [10, 512]: the first of the inputs, for the previous-token score
+    text_targets: torch.Tensor  # [10, 512]
     repeated: torch.Tensor  # [10, 101]: start token, then 25 random tokens four times
     random: torch.Tensor  # [10, 25]: 25 random tokens, no start token (the paper's footnote 31)
 
@@ -62,7 +64,7 @@ def draw_examples(corpus, n_examples, whole=1.0):
     if n_examples < 2:
         raise BadInput(f"{n_examples} examples: at least 2 are needed for a standard error")
     inputs, targets = evaluation_rows(corpus, N_CTX, n_examples)
-    text, _ = evaluation_rows(corpus, N_CTX, min(10, corpus.rows("val", N_CTX)))
+    text = evaluation_rows(corpus, N_CTX, min(10, corpus.rows("val", N_CTX)))
     token_index = np.random.default_rng(EVALUATION_SEED).integers(N_CTX, size=n_examples)
     bands = [torch.arange(a - 1, b) for a, b in (metrics.EARLY_BAND, metrics.LATE_BAND)]
     scored = torch.cat(bands).expand(n_examples, -1)
@@ -71,18 +73,17 @@ def draw_examples(corpus, n_examples, whole=1.0):
         targets,
         max(1, round(whole * n_examples)),
         torch.cat([scored, torch.from_numpy(token_index)[:, None]], dim=1),
-        text,
+        *text,
         repeated=random_sequences(corpus, repeats=4),
         random=random_sequences(corpus, start=False),
     )
 
 
-@torch.no_grad()
 def measure(model, examples, cores, ranks):
     """One snapshot's record: {name: float or float32 array}; every quantity is defined in
     metrics.py.
     """
-    losses = example_losses(model, examples, cores, ranks)
+    losses, scores = losses_and_scores(model, examples, cores, ranks)
     loss_by_position = losses[: examples.n_whole].mean(dim=0)
     score, score_error = metrics.in_context_learning_score(losses)
     band, band_error = metrics.band_score(losses)
@@ -98,91 +99,140 @@ def measure(model, examples, cores, ranks):
     record["derivative_position"], record["loss_derivative"] = metrics.log_position_derivative(
         loss_by_position
     )
-    record |= head_scores(model, examples, cores)
     return {
         name: value.numpy(force=True) if torch.is_tensor(value) else value
-        for name, value in record.items()
+        for name, value in (record | scores).items()
     }
 
 
-def example_losses(model, examples, cores, ranks):
-    """Losses [example, 512], float32 on the CPU; NaN where an example is not measured."""
-    at_once = ROWS_AT_ONCE[examples.inputs.device.type]
-
-    @torch.no_grad()  # gradients are switched off for each thread
-    def of_rows(inputs, targets, at=None):
-        rows = (inputs, targets) if at is None else (inputs, targets, at)
-        parts = zip(*(part.split(at_once) for part in rows), strict=True)
-        return torch.cat([model.losses(x, y, at=n[0] if n else None) for x, y, *n in parts])
-
-    def of_examples(*rows):
-        rows = [ranks.share(part) for part in rows]
-        # of few examples a process may get none
-        parts = cores(of_rows, *rows) if len(rows[0]) else [torch.empty(rows[-1].shape)]
-        return ranks.gather(torch.cat(parts).float().cpu())
-
+def losses_and_scores(model, examples, cores, ranks):
+    """-> losses [example, 512], float32 on the CPU, NaN where an example is not measured; and
+    `head_scores`. The text whose attention is scored is also the first of the examples.
+    """
     inputs, targets, n_whole = examples.inputs, examples.targets, examples.n_whole
+    n_text = min(len(examples.text), n_whole)
+    scored = examples.scored[n_whole:]
+    of_heads, whole, narrow = cores.run(
+        head_jobs(model, examples),
+        loss_jobs(model, ranks, inputs[n_text:n_whole], targets[n_text:n_whole]),
+        loss_jobs(model, ranks, inputs[n_whole:], targets[n_whole:], scored),
+    )
+    scores, text_losses = gather_heads(model, of_heads)
     losses = torch.full(inputs.shape, torch.nan)
-    losses[:n_whole] = of_examples(inputs[:n_whole], targets[:n_whole])
-    if n_whole < len(examples):
-        at = examples.scored[n_whole:]
-        scored = of_examples(inputs[n_whole:], targets[n_whole:], at)
-        losses[n_whole:].scatter_(1, at.cpu(), scored)
-    return losses
+    losses[:n_text] = text_losses[:n_text].cpu()
+    losses[n_text:n_whole] = gather_losses(whole, ranks).view(-1, N_CTX)
+    losses[n_whole:].scatter_(1, scored.cpu(), gather_losses(narrow, ranks).view(scored.shape))
+    return losses, scores
+
+
+def loss_jobs(model, ranks, *rows):
+    """The losses of this process's share of (inputs, targets) or (inputs, targets, at)."""
+    return in_pieces(functools.partial(losses_of, model), *map(ranks.share, rows))
+
+
+@torch.no_grad()  # gradients are switched off for each thread
+def losses_of(model, inputs, targets, at=None):
+    return model.losses(inputs, targets, at=at).float().cpu()
+
+
+def gather_losses(results, ranks):
+    """What `loss_jobs` gave in all processes. Of few examples one may have got none."""
+    return ranks.gather(torch.cat(results) if results else torch.empty(0))
+
+
+def head_scores(model, examples, cores):
+    """Prefix matching, copying and previous-token score of every head, each [layer, head]; the
+    share of its own key that each head keeps, if keys are smeared.
+    """
+    (results,) = cores.run(head_jobs(model, examples))
+    return gather_heads(model, results)[0]
+
+
+def head_jobs(model, examples):
+    return [
+        functools.partial(scores_on_repeated, model, examples.repeated),
+        functools.partial(scores_on_random, model, examples.random),
+        *in_pieces(functools.partial(scores_on_text, model), examples.text, examples.text_targets),
+    ]
+
+
+def gather_heads(model, results):
+    """What `head_jobs` gave -> (scores, losses of the text [row, 512])."""
+    on_repeated, on_random, *on_text = results
+    previous, losses = zip(*on_text, strict=True)
+    losses = torch.cat(losses)
+    scores = on_repeated | on_random | {"previous_token": sum(previous) / len(losses)}
+    if model.config.smear:
+        scores["own_key_share"] = torch.stack([b.attn.alpha.sigmoid() for b in model.blocks])
+    return scores, losses
+
+
+def in_pieces(function, *rows):
+    """Jobs of a few rows each: function(*some of the rows)."""
+    at_once = ROWS_AT_ONCE[rows[0].device.type]
+    pieces = zip(*(x.split(at_once) for x in rows), strict=True)
+    return [functools.partial(function, *piece) for piece in pieces if len(piece[0])]
 
 
 @torch.no_grad()
-def head_scores(model, examples, cores):
-    """Prefix matching, copying and previous-token score of every head, each [layer, head]; the
-    share of its own key that each head keeps, if keys are smeared. Patterns are scored as they
-    arise, one layer at a time.
+def scores_on_repeated(model, tokens):
+    """{name: [layer, head]}. Patterns are scored as they arise, one layer at a time; on a GPU they
+    never exist: the kernel sums them.
     """
-    scores = {}
+    offsets = {"prefix_matching": 1, "match_itself": 0, "match_before": -1}
+    scores, last = {name: [] for name in offsets}, {}
 
-    def score(name, value):
-        scores.setdefault(name, []).append(value)
+    def hook(name, layer, value):
+        last[name] = value
+        for score, offset in offsets.items():
+            if name == "pattern":
+                scores[score].append(metrics.prefix_matching_score(value, tokens, offset))
+            if name == "k" and fused:
+                found = statistics(model, layer, last["q"], value, tokens, offset)
+                scores[score].append(found[0])
 
-    def on_repeated(name, layer, value):
+    fused = model.kernels == "triton"
+    model.residual(tokens, hook, pattern=not fused)
+    return {name: torch.stack(layers) for name, layers in scores.items()}
+
+
+@torch.no_grad()
+def scores_on_random(model, tokens):
+    values, scores = {}, []
+
+    def hook(name, layer, value):
+        values[name] = value
         if name == "pattern":
-            score("prefix_matching", metrics.prefix_matching_score(value, examples.repeated))
-            score("match_itself", metrics.prefix_matching_score(value, examples.repeated, offset=0))
-            score(
-                "match_before", metrics.prefix_matching_score(value, examples.repeated, offset=-1)
-            )
+            effect = logit_effect(model, layer, values["v"], tokens)
+            scores.append(metrics.copying_score(value, effect))
 
-    @torch.no_grad()
-    def previous_token(text):
-        queries, layers = {}, []
+    model.residual(tokens, hook)
+    return {"copying": torch.stack(scores)}
 
-        def on_text(name, layer, value):
-            if name == "q":
-                queries[layer] = value
-            if name == "k":
-                attn = model.blocks[layer].attn
-                q = queries.pop(layer)
-                layers.append(previous_token_attention(q, value, attn.alpha, attn.windows))
 
-        model.residual(text, on_text, pattern=False)
-        return torch.stack(layers) * len(text)
+@torch.no_grad()
+def scores_on_text(model, tokens, targets):
+    """-> (previous-token score of every head [layer, head], summed over the rows; the rows'
+    losses).
+    """
+    last, scores = {}, []
 
-    values = {}
+    def hook(name, layer, value):
+        last[name] = value
+        if name == "k" and model.kernels == "triton":
+            scores.append(statistics(model, layer, last["q"], value, tokens)[1])
+        elif name == "k":
+            attn = model.blocks[layer].attn
+            scores.append(previous_token_attention(last["q"], value, attn.alpha, attn.windows))
 
-    def on_random(name, layer, value):
-        if name == "v":
-            values[layer] = value
-        if name == "pattern":
-            effect = logit_effect(model, layer, values.pop(layer), examples.random)
-            score("copying", metrics.copying_score(value, effect))
+    losses = model.losses(tokens, targets, hook, pattern=False)
+    return torch.stack(scores) * len(tokens), losses.float()
 
-    model.residual(examples.repeated, on_repeated)
-    model.residual(examples.random, on_random)
-    if model.config.smear:
-        scores["own_key_share"] = [torch.sigmoid(block.attn.alpha) for block in model.blocks]
-    previous = sum(cores(previous_token, examples.text)) / len(examples.text)
-    return {
-        **{name: torch.stack(layers) for name, layers in scores.items()},
-        "previous_token": previous,
-    }
+
+def statistics(model, layer, q, k, tokens, offset=1):
+    """`head_statistics` of one layer."""
+    attn = model.blocks[layer].attn
+    return head_statistics(q, k, None, tokens, attn.alpha, attn.windows, offset, model.kernels)
 
 
 def logit_effect(model, layer, v, tokens):

@@ -234,6 +234,10 @@ class Transformer(nn.Module):
 
     def __init__(self, config, kernels="torch", dtype=torch.float32):
         super().__init__()
+        if kernels == "triton" and config.d_head > 128:
+            raise BadInput(
+                f"heads of {config.d_head}: the Triton kernels go up to 128; use --kernels torch"
+            )
         self.config = config
         self.kernels = kernels
         self.dtype = dtype

@@ -264,7 +264,8 @@ def train(args, ranks):
             if step in schedule and not run.has_record_of(step):
                 with clock("evaluation"):
                     record = evaluate.measure(model, examples, cores, ranks)
-                    stop_if_not_finite(record["loss"], run, step)
+                stop_if_not_finite(record["loss"], run, step)
+                with clock("saving"):
                     run.write_snapshot(model, {"step": step, "tokens": tokens, **record})
                 run.write_state(step, model, optimizer, clock)
                 progress.after_snapshot()

@@ -23,7 +23,7 @@ def examples():
     inputs, targets, repeated = text[:, :-1], text[:, 1:], np.hstack([start, np.tile(draws, 4)])
     inputs, targets, repeated, draws = map(torch.from_numpy, (inputs, targets, repeated, draws))
     scored = torch.arange(10)[:, None]
-    return evaluate.Examples(inputs, targets, 10, scored, inputs, repeated, draws)
+    return evaluate.Examples(inputs, targets, 10, scored, inputs, targets, repeated, draws)
 
 
 def test_the_induction_circuit_scores_what_its_heads_do(examples):

@@ -1,6 +1,7 @@
 """From a snapshot to its record, by slower and plainer ways; and the command line."""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -325,3 +326,12 @@ def test_a_vocabulary_of_another_size_is_refused(run, text_file, tmp_path, capsy
 def test_examples_need_a_spread():
     with pytest.raises(BadInput):
         evaluate.draw_examples(None, 1)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_jobs_of_unequal_size_come_back_in_their_order(count):
+    def job(n):
+        return lambda: time.sleep(0.01 * (n % 3)) or n
+
+    groups = [[job(n) for n in some] for some in (range(5), (), range(5, 7))]
+    assert Cores(CPU, count).run(*groups) == [[0, 1, 2, 3, 4], [], [5, 6]]

@@ -88,8 +88,8 @@ def test_head_statistics_are_the_scores_of_the_explicit_pattern(n_ctx, alpha, wi
     q, k, lse, _ = recorded_run(n_ctx, alpha, windows)
     tokens = torch.randint(5, (2, n_ctx), generator=torch.Generator().manual_seed(1))
     pattern = attention_pattern(q, k, alpha, windows)
-    for offset in (1, 0, -1):
-        matching, previous = head_statistics(q, k, lse, tokens, alpha, windows, offset)
+    for offset, known in ((1, lse), (1, None), (0, lse), (-1, None)):
+        matching, previous = head_statistics(q, k, known, tokens, alpha, windows, offset)
         expected = metrics.prefix_matching_score(pattern, tokens, offset)
         assert torch.allclose(matching, expected, atol=1e-6, equal_nan=True)
         assert torch.allclose(previous, metrics.previous_token_score(pattern), atol=1e-6)

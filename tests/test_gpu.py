@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 
+import evaluate
 import metrics
 from kernels.attention import (
     attention_and_lse,
@@ -21,6 +22,8 @@ from kernels.attention import (
     head_statistics,
     index_attention,
 )
+from model import Transformer, config_for
+from parallel import Cores, Ranks
 from tests.test_attention import (
     assert_as_exact_as_the_reference,
     inputs,
@@ -117,6 +120,19 @@ def test_head_statistics_of_8192_tokens_take_no_pattern():
     before = torch.cuda.memory_allocated()
     head_statistics(q, k, lse, tokens, kernels="triton")
     assert torch.cuda.max_memory_allocated() - before < q.numel() * q.element_size()
+
+
+@pytest.mark.parametrize("smear", [False, True])
+def test_a_snapshot_measures_the_same(corpus, smear):
+    gpu = torch.device("cuda")
+    examples = evaluate.draw_examples(corpus, 20, whole=0.75).to(gpu)
+    records = []
+    for kernels in ("torch", "triton"):
+        model = Transformer(config_for("mini", 2, True, 1024, smear), kernels).init_weights(0)
+        records.append(evaluate.measure(model.to(gpu), examples, Cores(gpu), Ranks(gpu)))
+    assert records[0].keys() == records[1].keys()
+    for name, value in records[0].items():
+        assert records[1][name] == pytest.approx(value, abs=2e-3), name
 
 
 @pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="needs compute-sanitizer")

@@ -252,3 +252,8 @@ def test_impossible_sizes_are_refused(change):
 def test_inputs_beyond_the_context_are_refused():
     with pytest.raises(BadInput, match="context of 200"):
         make(SMALL)(tokens(1, 201))
+
+
+def test_heads_beyond_the_kernels_are_refused_in_one_line():
+    with pytest.raises(BadInput, match="heads of 256.*--kernels torch"):
+        Transformer(dataclasses.replace(SMALL, d_head=256), kernels="triton")
