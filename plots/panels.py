@@ -32,7 +32,7 @@ class Shown:
     def one_layer_like(self, run):
         """The plain one-layer model, other than this one, trained on the same corpus."""
         for other in self.runs:
-            same_corpus = other.made["corpus"] == run.made["corpus"]
+            same_corpus = other.made["corpus"]["sha256"] == run.made["corpus"]["sha256"]
             if other.is_plain_one_layer and same_corpus and other is not run:
                 return other
         return None
@@ -141,7 +141,7 @@ def draw_loss(ax, run, shown):
         draw_curve(ax, one_layer, "loss", color=style.QUIET, lw=1, label=label)
     draw_curve(ax, run, "loss", color=style.depth_colour(run.n_layers))
     losses = np.concatenate([other.evaluation["loss"] for other in shown.runs])
-    ax.set_ylim(losses.min() - 0.1, np.percentile(losses, 85))
+    ax.set_ylim(losses.min() - 0.1, np.percentile(losses, 80))
     style.shade_phase_change(ax, run)
 
 
@@ -247,7 +247,7 @@ def draw_attribution(ax, run, name):
     if not has(run, "ablations.npz"):
         return style.not_available(ax, "no ablations.npz")
     if name not in run.ablations:
-        return style.not_available(ax, "no phase change")
+        return style.not_available(ax, "not recorded" if run.window else "no phase change")
     millions = run.ablations["tokens"] / 1e6
     effects, errors = run.ablations[name], run.ablations[f"{name}_error"]
     ax.axhline(0, color="0.8", lw=0.8, zorder=0)
@@ -282,7 +282,7 @@ ROWS = {
         draw_derivative,
         "slope (nats per e-fold)\nblue: context helps",
         diverging=True,
-    ),  # fmt: skip
+    ),
     "R5": Row("in-context learning\nscore (nats)", draw_score),
     "R6": Row("prefix matching\nof each head", draw_heads),
     "R7": Row("QK trace / vocabulary\nof each head (nats)", draw_traces),

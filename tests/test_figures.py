@@ -161,6 +161,19 @@ def test_pivots_of_runs_with_and_without_a_window(tmp_path):
     assert trajectories.pivots(runs[:1]) == {}
 
 
+def test_a_run_without_a_window_is_judged_in_the_median_of_the_others(tmp_path):
+    spans = [(10, 20), (12, 22), (20, 30)]
+    runs = [path_run(tmp_path / "1L", straight(), n_layers=1, change=None)]
+    for n, span in enumerate(spans):
+        change = dict(zip(CHANGE, (edge * 100_000 for edge in span), strict=True))
+        runs.append(path_run(tmp_path / f"2L-{n}", turning(), change=change))
+    found = trajectories.pivots(runs)
+    windows = [(1.2, 2.2)] + [(start / 10, end / 10) for start, end in spans]
+    assert [found[run.name].window for run in runs] == [pytest.approx(w) for w in windows]
+    risen = np.degrees(np.arctan2(10, 9))  # from (1, 0) to (10, 10) before its window
+    assert found["2L-2"].in_plane == pytest.approx(90 - risen)
+
+
 def test_the_untrained_and_the_smeared_do_not_shape_the_plane(tmp_path):
     plain = path_run(tmp_path / "2L", turning())
     smeared = path_run(tmp_path / "2L-smear", 100 * turning()[::-1], smear=True)
@@ -214,6 +227,18 @@ def test_every_row_of_the_table_shows_its_records(one, two):
         lines = [line.get_ydata() for line in axes[row, 1].get_lines()]
         for place in np.ndindex(2, 2):
             assert any(np.array_equal(y, two.ablations[name][:, *place]) for y in lines)
+    style.plt.close(figure)
+
+
+def test_one_layer_is_compared_with_on_its_own_corpus(tmp_path, one, two):
+    books = load_run(make_run(tmp_path / "2L-books", 2, corpus="books"))
+    figure = analysis_table.draw([one, two, books], rows="R2")
+    axes = panels_of(figure, 1, 3)
+    grey = [
+        [x.get_ydata() for x in ax.get_lines() if x.get_color() == style.QUIET] for ax in axes[0]
+    ]
+    assert [len(lines) for lines in grey] == [0, 1, 0]
+    assert np.array_equal(grey[1][0], one.measurements["loss"])
     style.plt.close(figure)
 
 
