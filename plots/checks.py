@@ -106,6 +106,13 @@ def having(models, *files):
     return [run for run in models if all(run.has(name) for name in files)]
 
 
+def evaluated(models):
+    """Those whose losses at every position are of all examples, in training or measured again."""
+    return [
+        run for run in models if run.has("evaluation.npz") or run.made["recipe"].get("whole") == 1
+    ]
+
+
 def families(runs, least=2):
     """Models that differ in size alone, smallest first, one layer left out: {what differs: runs};
     none of them if they are fewer than `least`.
@@ -149,7 +156,8 @@ def examples(models):
 
 
 def window_in_tokens(run):
-    return run.window and tuple(1e6 * edge for edge in run.window)
+    change = run.summary["phase_change"]
+    return change and (change["start_tokens"], change["end_tokens"])
 
 
 def loss_curve(run):

@@ -15,6 +15,7 @@ from plots.checks import (
     check,
     claim,
     deep,
+    evaluated,
     families,
     having,
     loss_curve,
@@ -34,7 +35,7 @@ from plots.checks import (
     " labels of the same kind",
     paper="65 % for one head of a 13B model; copying 0.89, 0.20, 0.69 and prefix matching 0.75,"
     " 0.85, 0.94 for three",
-    figure="token_views",
+    figure="token-views",
     command="plots/token_views.py {runs}/2L",
 )
 def fuzzy_matching(runs):
@@ -66,7 +67,7 @@ def share_in_layer(run, layer):
     words="Attention-only: the heads that match prefixes are in the last layer",
     counts="more than half of them in every model",
     paper="in the last layer",
-    figure="head_positions",
+    figure="head-positions",
     command="plots/head_positions.py {runs}/[1-6]L",
 )
 def heads_in_the_last_layer(runs):
@@ -79,7 +80,7 @@ def heads_in_the_last_layer(runs):
     words="With MLPs: in five or six layers they are in the second-to-last",
     counts="more than half of them in every model",
     paper="mostly second-to-last layer",
-    figure="head_positions_mlp",
+    figure="head-positions-mlp",
     command="plots/head_positions.py {runs}/[1-6]L-mlp",
 )
 def heads_in_the_second_to_last_layer(runs):
@@ -93,7 +94,7 @@ def heads_in_the_second_to_last_layer(runs):
     words="In large models they are in the first half",
     counts="more than half of them in every model of 24 layers or more",
     paper="in 24 and 40 layers most come before half the depth",
-    figure="head_positions_width",
+    figure="head-positions-width",
     command="plots/head_positions.py {runs}/2L {runs}/2L-d*",
 )
 def heads_in_the_first_half(runs):
@@ -115,19 +116,42 @@ def of_heads(models, *names):
     return np.array([row for row in numbers if None not in row]).reshape(-1, len(names)).T
 
 
-def correlated(runs, score, weights, least):
-    """Checks of both coefficients between a head's score and its weights' number on the direct
-    path; the coefficients on all paths beside them. least(number of heads): the smallest that
-    counts.
+def coefficients(what, x, y, least=None):
+    """Checks of Pearson's and Spearman's coefficient, least(number of heads) the smallest that
+    counts; without it they are only told.
     """
+    if len(x) < 3:
+        return
+    holds = least and functools.partial(operator.le, least(len(x)))
+    for name, coefficient in ("Pearson", analysis.pearson), ("Spearman", analysis.spearman):
+        yield check(f"{name}, {what}{len(x)} heads", {"": coefficient(x, y)}, holds)
+
+
+def two_errors(n):
+    """Above 0 by two standard errors of the coefficient of n pairs that have nothing in common."""
+    return 2 / (n - 1) ** 0.5
+
+
+def with_weights(runs, score, weights, least):
+    """A head's score and its weights' number: on the direct path, and, only told, on all paths."""
     models = having(small(runs, "attention-only"), "circuits.json")
-    for path, suffix in ("direct", "_direct"), ("all paths", ""):
-        x, y = of_heads(models, weights + suffix, score)
-        if len(x) < 3:
-            return
-        holds = functools.partial(operator.le, least(len(x))) if path == "direct" else None
-        for name, coefficient in ("Pearson", analysis.pearson), ("Spearman", analysis.spearman):
-            yield check(f"{name}, {path}, {len(x)} heads", {"": coefficient(x, y)}, holds)
+    yield from coefficients("direct, ", *of_heads(models, weights + "_direct", score), least)
+    yield from coefficients("all paths, ", *of_heads(models, weights, score))
+
+
+@claim(
+    name="Q13 (A4)",
+    words="Heads that match prefixes copy",
+    counts="both coefficients of correlation, over all heads of plain models, above 0 by two"
+    " standard errors, 2 / sqrt(heads - 1)",
+    paper="heads do both or neither",
+    figure="head-scatter",
+    command="plots/head_scatter.py {runs}/*L*",
+)
+def matching_heads_copy(runs):
+    rows = [row for run in small(runs) for row in run.summary["heads"]]
+    x, y = ([row[score] for row in rows] for score in ("prefix_matching", "copying"))
+    yield from coefficients("", x, y, two_errors)
 
 
 @claim(
@@ -139,20 +163,19 @@ def correlated(runs, score, weights, least):
     command="plots/eigenvalues.py {runs}/[1-6]L",
 )
 def copying_is_in_the_eigenvalues(runs):
-    yield from correlated(runs, "copying", "ov_copying", lambda n: 0.5)
+    yield from with_weights(runs, "copying", "ov_copying", lambda n: 0.5)
 
 
 @claim(
     name="Q13 (A6)",
     words="Prefix matching is what the trace of QK through previous-token heads says",
-    counts="both coefficients above 0 by two standard errors, 2 / sqrt(heads - 1), on the direct"
-    " path",
+    counts="both coefficients above 0 by two standard errors, on the direct path",
     paper="positive",
     figure="eigenvalues",
     command="plots/eigenvalues.py {runs}/[1-6]L",
 )
 def prefix_matching_is_in_the_trace(runs):
-    yield from correlated(runs, "prefix_matching", "qk_match", lambda n: 2 / (n - 1) ** 0.5)
+    yield from with_weights(runs, "prefix_matching", "qk_match", two_errors)
 
 
 # --- models of different sizes
@@ -163,7 +186,7 @@ def prefix_matching_is_in_the_trace(runs):
     words="The in-context learning score is the same for all sizes",
     counts="its range over the models of two layers and more is a quarter of its mean or less",
     paper="about 0.4 nats for all",
-    figure="sizes_depth",
+    figure="sizes-depth",
     command="plots/sizes.py {runs}/[2-6]L",
 )
 def same_score_for_all_sizes(runs):
@@ -178,7 +201,7 @@ def same_score_for_all_sizes(runs):
     words="Loss by context index, less that at the last one, is the same for all sizes",
     counts="from the 10th token on models differ by a quarter or less of what comes after the 10th",
     paper="the curves nearly coincide",
-    figure="sizes_width",
+    figure="sizes-width",
     command="plots/sizes.py {runs}/2L {runs}/2L-d*",
 )
 def same_curve_for_all_sizes(runs):
@@ -188,7 +211,7 @@ def same_curve_for_all_sizes(runs):
         late = curves[:, positions >= 10]
         return np.ptp(late, axis=0).max() / abs(late[:, 0].mean())
 
-    found = families(evaluated(runs))
+    found = families({run.name: run for run in evaluated(runs.values())})
     yield from of_families(found, difference, lambda share: share <= 0.25, ".0%")
 
 
@@ -197,21 +220,34 @@ def same_curve_for_all_sizes(runs):
     words="Most of a large model's lead is there by the 10th token",
     counts="more than half of each smaller model's gap to the largest",
     paper="formed in the first 10 tokens, then flat",
-    figure="sizes_width",
+    figure="sizes-width",
     command="plots/sizes.py {runs}/2L {runs}/2L-d*",
 )
 def lead_by_the_tenth_token(runs):
-    for name, models in families(evaluated(runs)).items():
+    yield from against_largest(runs, analysis.gap_share, lambda share: share > 0.5, ".0%")
+
+
+@claim(
+    name="Q14 (note 27)",
+    words="Around the 100th token small models gain more from context",
+    counts="d loss / d ln position from token 50 to 200 is lower than in the largest model",
+    paper="slightly steeper",
+    figure="sizes-width",
+    command="plots/sizes.py {runs}/2L {runs}/2L-d*",
+)
+def small_models_are_steeper(runs):
+    def steeper(losses, largest):
+        return analysis.context_slope(losses - largest, 50, 200)
+
+    yield from against_largest(runs, steeper, lambda slope: slope < 0, "+.3f")
+
+
+def against_largest(runs, value, holds, form):
+    """A check for each family of value(losses by position, those of the largest model)."""
+    for name, models in families({run.name: run for run in evaluated(runs.values())}).items():
         losses = by_name(models, lambda run: run.evaluation["loss_by_position"][-1])
-        shares = {
-            run.name: analysis.gap_share(losses[run.name], losses[models[-1].name])
-            for run in models[:-1]
-        }
-        yield check(name, shares, lambda share: share > 0.5, ".0%")
-
-
-def evaluated(runs):
-    return {name: run for name, run in runs.items() if run.has("evaluation.npz")}
+        smaller = {run.name: value(losses[run.name], [*losses.values()][-1]) for run in models[:-1]}
+        yield check(name, smaller, holds, form)
 
 
 def of_families(found, value, holds, form):
@@ -226,7 +262,7 @@ def of_families(found, value, holds, form):
     words="Before the window small models learn faster, after it large ones",
     counts="rank correlation of size and -d loss / d ln tokens: -0.5 or less, then +0.5 or more",
     paper="the order of the curves inverts",
-    figure="sizes_width",
+    figure="sizes-width",
     command="plots/sizes.py {runs}/2L {runs}/2L-d*",
 )
 def order_inverts(runs):
@@ -272,7 +308,7 @@ def evidence(runs):
     words="No change of the schedule makes the window",
     counts="warm-up ends before it starts, and weight decay does not change before it ends",
     paper="warm-up ends at 1.5 billion tokens; weight decay falls after the window",
-    figure="phase_change",
+    figure="phase-change-attention-only",
     command="plots/phase_change.py {runs}/[1-6]L",
 )
 def schedule_does_not_make_it(runs):

@@ -40,6 +40,7 @@ GOOD = {
     "spread": 0.0,  # of scores over sizes
     "context_spread": 0.0,
     "early_share": 1.0,  # of the gap between sizes
+    "steeper": 1e-5,  # of smaller sizes around the 100th token
     "order": (-0.1, 0.05),  # speed that a larger size adds before and after
     "warmup": 1e5,
     "decay_later": None,
@@ -58,7 +59,7 @@ WORST = GOOD | {
     "bump": 0.0,
     "late_bump": 0.3,
     "prefix": 0.45,
-    "copying": -0.2,
+    "copying": -0.99,
     "one_prefix": 0.6,
     "slope_before": -0.3,
     "slope_after": 0.0,
@@ -77,6 +78,7 @@ WORST = GOOD | {
     "spread": 0.4,
     "context_spread": 0.5,
     "early_share": 0.1,
+    "steeper": -0.6,
     "order": (0.1, -0.05),
     "warmup": 5e6,
     "decay_later": (1000, 0.01),
@@ -110,10 +112,11 @@ def make_run(folder, knobs, n_layers, mlp=False, width=128, smear=False, rank=0)
     config = {"n_layers": n_layers, "n_heads": 2, "d_model": width, "smear": smear}
     config["d_mlp"] = 4 * width if mlp else 0
     recipe = {"warmup_tokens": knobs["warmup"], "weight_decay_later": knobs["decay_later"]}
+    recipe["whole"] = 0.25
     made = {"config": config, "recipe": recipe, "seed": 0, "scale": "mini"}
     made |= {"corpus": {"data": "python", "sha256": "0"}, "machine": {"device": "by hand"}}
     heads = make_heads(knobs, n_layers, lacks, knobs["mlp_layer" if mlp else "layer"])
-    best = {"head": heads[0]["head"], "score": 0.5}
+    best = {"head": f"{n_layers - 1}:0", "score": 0.5}
     end = knobs["one_end"] if lacks else knobs["smear_end"] if smear and n_layers == 1 else None
     end = knobs["end"] * (1 + knobs["spread"] * rank) if end is None else end
     half = knobs["smear_half"] if smear else knobs["half"]
@@ -133,7 +136,12 @@ def make_run(folder, knobs, n_layers, mlp=False, width=128, smear=False, rank=0)
     }
     write(folder / "run.json", made)
     write(folder / "summary.json", summary)
-    np.savez(folder / "measurements.npz", tokens=TOKENS, loss=loss_curve(knobs, lacks, rank))
+    np.savez(
+        folder / "measurements.npz",
+        tokens=TOKENS,
+        loss=loss_curve(knobs, lacks, rank),
+        per_token_loss=np.zeros((len(TOKENS), 88)),
+    )
     slope = "one_slope" if lacks else "slope_after"
     slopes = [knobs["one_slope" if lacks else "slope_before"], knobs[slope], knobs[slope]]
     np.savez(
@@ -154,16 +162,17 @@ def make_run(folder, knobs, n_layers, mlp=False, width=128, smear=False, rank=0)
 
 
 def make_heads(knobs, n_layers, lacks, layer):
-    """The first row is the one that matches prefixes."""
-    layer = layer % n_layers
-    score = {"prefix_matching": knobs["one_prefix" if lacks else "prefix"], "previous_token": 0.01}
-    copying = 0.2 if lacks else knobs["copying"]
-    kind = "induction" if score["prefix_matching"] >= 0.4 and copying > 0 else "other"
-    rows = [{"head": f"{layer}:0", **score, "copying": copying, "class": kind}]
+    """One head matches prefixes: the first of the layer."""
+    rows = []
     for place in np.ndindex(n_layers, 2):
-        if place != (layer, 0):
-            rest = {"prefix_matching": 0.0, "copying": -0.9 + 0.05 * place[0], "class": "other"}
-            rows.append({"head": "{}:{}".format(*place), "previous_token": 0.1, **rest})
+        row = {"head": "{}:{}".format(*place), "prefix_matching": 0.0, "previous_token": 0.1}
+        row |= {"copying": -0.9 + 0.05 * place[0], "class": "other"}
+        if place == (layer % n_layers, 0):
+            row["prefix_matching"] = knobs["one_prefix" if lacks else "prefix"]
+            row["copying"] = 0.2 if lacks else knobs["copying"]
+            if row["prefix_matching"] >= 0.4 and row["copying"] > 0:
+                row["class"] = "induction"
+        rows.append(row)
     return rows
 
 
@@ -186,6 +195,7 @@ def context_curve(knobs, slope, rank):
     position = np.arange(1, 513)
     slope += knobs["context_spread"] * rank
     loss = 6 - np.log(np.minimum(position, 50)) + slope * np.log(np.maximum(position, 50) / 50)
+    loss += knobs["steeper"] * rank * np.log(position.clip(50, 200) / 50)
     return loss - 0.1 * rank * np.where(position <= 12, knobs["early_share"], 1)
 
 
@@ -200,7 +210,8 @@ def path(degrees):
 def write_ablations(folder, knobs, heads, n_layers):
     attribution = np.full((len(EVALUATED), n_layers, 2), knobs["other_attribution"])
     along = np.zeros_like(attribution)
-    place = tuple(map(int, heads[0]["head"].split(":")))
+    best = max(heads, key=lambda row: row["prefix_matching"])
+    place = tuple(map(int, best["head"].split(":")))
     attribution[:, *place], along[:, *place] = knobs["attribution"], knobs["along"]
     attribution[0] = 9  # before the window, where nothing is asked
     np.savez(

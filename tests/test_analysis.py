@@ -16,9 +16,9 @@ def convex_curve(noise=0.0, seed=0):
     return 2.8 + 4 * np.exp(-TOKENS / 1e6) + rng.normal(0, noise, len(TOKENS))
 
 
-def change(centre=4e6, drop=0.3):
-    """What a phase change adds: a fall by `drop`, in the main within a million of tokens."""
-    return -drop / (1 + np.exp(-(TOKENS - centre) / 2e5))
+def change(centre=4e6, drop=0.3, width=2e5):
+    """What a phase change adds: a fall by `drop`, in the main within four widths, in tokens."""
+    return -drop / (1 + np.exp(-(TOKENS - centre) / width))
 
 
 def test_smoothing_is_that_of_the_phase_change():
@@ -32,6 +32,10 @@ def test_curvature_of_a_parabola_is_exact_on_any_spacing():
     assert np.isnan(second[[0, 4, -5, -1]]).all()
     assert second[5:-5] == pytest.approx(np.full(30, 6.0))
     assert error[5:-5] == pytest.approx(np.zeros(30), abs=1e-9)
+
+
+def test_few_snapshots_have_no_curvature():
+    assert np.isnan(analysis.curvature(TOKENS[:10], TOKENS[:10])).all()
 
 
 def test_the_error_of_curvature_is_how_much_it_varies():
@@ -65,14 +69,19 @@ def test_the_start_of_training_is_no_bump():
     assert analysis.non_convex(tokens[:101], loss[:101]).any()
 
 
-def test_rate_of_learning_on_a_power_of_tokens():
-    tokens = np.geomspace(1, 100, 50)
-    assert analysis.learning_rate_of_log_tokens(tokens, -0.7 * np.log(tokens)) == pytest.approx(
-        np.full(50, -0.7)
-    )
-    with_start = analysis.learning_rate_of_log_tokens(np.r_[0, tokens], np.r_[9, -np.log(tokens)])
-    assert np.isnan(with_start[0]) and with_start[1:] == pytest.approx(np.full(50, -1.0))
-    assert analysis.mean_rate(tokens, -0.7 * np.log(tokens), 2, 50) == pytest.approx(-0.7, rel=1e-3)
+def test_speed_of_learning_on_a_power_of_tokens():
+    tokens = np.r_[0, np.geomspace(1, 100, 50)]
+    loss = np.r_[9, -0.7 * np.log(tokens[1:])]
+    speed = analysis.speed_of_learning(tokens, loss)
+    assert np.isnan(speed[0]) and speed[1:] == pytest.approx(np.full(50, -0.7))
+    assert analysis.mean_rate(tokens[1:], loss[1:], 2, 50) == pytest.approx(-0.7, rel=1e-3)
+
+
+def test_speed_of_learning_keeps_a_phase_change():
+    speed = analysis.speed_of_learning(TOKENS, change(drop=0.3, width=5e5))
+    steepest = -0.3 / (4 * 5e5) * 4e6
+    assert np.nanmin(speed) == pytest.approx(steepest, rel=0.3)
+    assert TOKENS[np.nanargmin(speed)] == pytest.approx(4e6, rel=0.1)
 
 
 def two_speeds(before, after, turn=20.0):
@@ -104,6 +113,7 @@ def test_slope_over_the_context_begins_beyond_the_fiftieth_token():
     bent = np.log(np.minimum(position, 50)) - 0.1 * np.log(np.maximum(position, 50))
     losses = np.stack([bent, 2 * bent])
     assert analysis.context_slope(losses) == pytest.approx([-0.1, -0.2], rel=1e-3)
+    assert analysis.context_slope(losses, 1, 50) == pytest.approx([1, 2], rel=1e-2)
 
 
 def test_loss_to_the_last_bin():
@@ -116,6 +126,7 @@ def test_share_of_a_gap_by_the_tenth_token():
     large = np.linspace(5, 3, 512)
     gap = np.where(np.arange(1, 513) < 100, 0.3, 0.4)
     assert analysis.gap_share(large + gap, large) == pytest.approx(0.75)
+    assert np.isnan(analysis.gap_share(large, large + gap))
 
 
 def test_positive_share_counts_what_is_positive_alone():

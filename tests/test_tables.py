@@ -38,10 +38,15 @@ def test_records_that_meet_a_claim_reproduce_it(good, name):
     assert judge(name, good) == "reproduced", [str(c) for c in BY_NAME[name].judge(load_all(good))]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "Q13 (A4)"])
 def test_records_that_do_not_meet_it_do_not(worst, name):
     found = [str(c) for c in BY_NAME[name].judge(load_all(worst))]
     assert judge(name, worst) == "not reproduced", found
+
+
+def test_heads_that_do_one_or_the_other_are_no_induction_heads(tmp_path):
+    """In the worst world one-layer models have some that do both."""
+    assert judge("Q13 (A4)", make_world(tmp_path / "mini", copying=-0.99)) == "not reproduced"
 
 
 # the last value of a knob that still counts, and one that does not
@@ -78,11 +83,13 @@ def test_records_that_do_not_meet_it_do_not(worst, name):
         ("Q10", "along", -2.1, -1.9),
         ("Q12 (A1)", "layer", -1, -2),
         ("Q12 (A2)", "mlp_layer", -2, -1),
+        ("Q13 (A4)", "copying", 0.0, -0.99),
         ("Q13 (A5)", "eigenvalues", 1.0, -1.0),
         ("Q13 (A6)", "eigenvalues", 1.0, -1.0),
         ("Q14 (score)", "spread", 0.1, 0.2),
         ("Q14 (F16)", "context_spread", 0.0, 0.5),
         ("Q14 (F17)", "early_share", 0.51, 0.49),
+        ("Q14 (note 27)", "steeper", 1e-5, -1e-5),
         ("Q15", "order", (-0.1, 0.05), (0.1, 0.05)),
         ("Q15", "order", (-0.1, 0.05), (-0.1, -0.05)),
         ("Q17", "warmup", 3.3e6, 3.5e6),

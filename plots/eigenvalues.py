@@ -1,0 +1,92 @@
+"""Do the weights say what the heads do? Scores of heads against eigenvalues of OV and QK.
+
+    python plots/eigenvalues.py RUN [RUN ...] --out FILE.png
+
+Figures A5 and A6 of the paper ("Appendix"), from circuits.json. Above, weights on the paper's
+direct path from the embedding; below, on all paths, also through the heads that look at their own
+token (circuits.py).
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+# `python plots/eigenvalues.py` puts plots/ on the path, not the folder above it
+sys.path.append(str(Path(__file__).parent.parent))
+
+from plots import analysis, style
+from plots.style import plt
+
+# (score of a head, its range, number of its weights): columns
+COMPARED = (
+    ("copying", "copying (-1 to 1)", "ov_copying"),
+    ("prefix_matching", "prefix matching (0 to 1)", "qk_match"),
+)
+WEIGHTS = {
+    "ov_copying": "OV: sum of eigenvalues / sum of their moduli (-1 to 1)",
+    "qk_match": "QK through previous-token heads: trace / vocabulary (nats)",
+}
+PAPER = {"ov_copying": "A5", "qk_match": "A6"}
+PATHS = {"_direct": "direct path", "": "all paths"}
+
+
+def draw(runs):
+    """-> a figure with four panels."""
+    figure, axes = plt.subplots(2, 2, figsize=(9, 7.4), layout="constrained", sharey="col")
+    for ax, (suffix, path), (score, score_label, weights) in zip(
+        axes.T.flat, [*PATHS.items()] * 2, [c for c in COMPARED for _ in PATHS], strict=True
+    ):
+        x, y = draw_heads(ax, runs, weights + suffix, score)
+        ax.set_title(f"{PAPER[weights]}, {path}")
+        ax.set_xlabel(WEIGHTS[weights])
+        ax.set_ylabel(score_label)
+        coefficients = analysis.pearson(x, y), analysis.spearman(x, y)
+        text = "n = {} heads\nPearson {:+.2f}\nSpearman {:+.2f}".format(len(x), *coefficients)
+        ax.text(0.02, 0.98, text.replace("+nan", "N/A"), transform=ax.transAxes, va="top")
+    for ax in axes[:, 0]:
+        ax.set(xlim=(-1, 1), ylim=(-1, 1), xticks=(-1, -0.5, 0, 0.5, 1))
+    axes[0, 1].set_ylim(-0.04, 1)
+    axes[0, 1].locator_params(axis="x", nbins=5)
+    handles = [
+        plt.Line2D(
+            [],
+            [],
+            marker="o",
+            ls="",
+            color=style.depth_colour(n),
+            mec="white",
+            label=f"{n} layer{'s' * (n > 1)}",
+        )  # fmt: skip
+        for n in sorted({run.n_layers for run in runs})
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
+    style.caption(
+        figure,
+        f"Paper: figures A5 and A6. All heads of {len(runs)} models at the end of training; QK"
+        " only where an earlier layer or a smeared key tells what came before.",
+    )
+    return figure
+
+
+def draw_heads(ax, runs, weights, score):
+    """-> the x and the y of all points."""
+    ax.axhline(0, color="0.85", lw=0.8, zorder=0)
+    ax.axvline(0, color="0.85", lw=0.8, zorder=0)
+    points = []
+    for run in runs:
+        rows = run.circuits["snapshots"][-1]["heads"]
+        some = np.array([(r[weights], r[score]) for r in rows if r[weights] is not None])
+        some = some.reshape(-1, 2)
+        ax.scatter(
+            *some.T, s=36, color=style.depth_colour(run.n_layers), edgecolors="white",
+            linewidths=0.5, alpha=0.9, clip_on=False,
+        )  # fmt: skip
+        points.append(some)
+    return np.concatenate(points).T
+
+
+main = style.script(__doc__, draw)
+
+if __name__ == "__main__":
+    sys.exit(main())
