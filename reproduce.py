@@ -222,53 +222,53 @@ def corpus_flags(data, vocabulary=None):
 def drawings(args, scale, chosen):
     """The figures, from the copies of the records: they can be drawn again without the runs."""
     results, names = Path("results") / args.scale, {model.name for model in chosen}
+    drawn = set()
     for name, (script, runs) in FIGURES.items():
         folders = tuple(results / run for run in runs.split() if run in names)
+        if not folders or (scale.only and script in drawn):  # `smoke` draws one of each
+            continue
+        drawn.add(script)
         out = results / "figures" / f"{name}.png"
         command = f"plots/{script} {' '.join(map(str, folders))} --out {out}"
-        if folders:
-            yield Step(command, (out,), 5, reads=folders)
+        yield Step(command, (out,), 5, reads=folders)
 
 
-def copy_records(steps, runs, results):
-    for source in (path for step in steps for path in step.outputs):
-        target = results / source.relative_to(runs)
-        if not target.exists() or target.read_bytes() != source.read_bytes():
-            target.parent.mkdir(exist_ok=True)
-            write_whole(target, lambda path, source=source: shutil.copyfile(source, path))
-    size = sum(path.stat().st_size for path in results.rglob("*") if path.is_file())
-    print(
-        f"\n{results}: records of {len(list(results.glob('*/run.json')))} runs, {size / 1e6:.1f} MB"
-    )
+def copy_records(step, runs, results):
+    """What figures and tables read of it, if it is the command of a run."""
+    for source in step.outputs:
+        if source.is_relative_to(runs):
+            target = results / source.relative_to(runs)
+            if not target.exists() or target.read_bytes() != source.read_bytes():
+                target.parent.mkdir(exist_ok=True)
+                write_whole(target, lambda path, source=source: shutil.copyfile(source, path))
 
 
 class Schedule:
-    """Carries steps out, skipping those that are done, and tells how long the others will take."""
+    """Carries steps out unless they are done, and tells how long the others will take."""
 
     def __init__(self, steps, path):
         self.steps, self.path = steps, path
         self.times = json.loads(path.read_text()) if path.exists() else {}
 
-    def carry_out(self, steps):
-        for step in steps:
-            if step.done():
-                continue
-            left = [other for other in self.steps if not other.done()]
-            print(
-                f"\n{len(left)} of {len(self.steps)} commands left,"
-                f" about {duration(self.seconds(left))}:\npython {step.command}",
-                flush=True,
-            )
-            began = time.time()
-            try:
-                code = step.carry_out()
-            finally:
-                spent = self.times.get(step.command, 0) + time.time() - began
-                self.times[step.command] = round(spent, 1)
-                text = json.dumps(self.times, indent=1) + "\n"
-                write_whole(self.path, lambda path, text=text: path.write_text(text))
-            if code:
-                raise subprocess.CalledProcessError(code, f"python {step.command}")
+    def carry_out(self, step):
+        if step.done():
+            return
+        left = [other for other in self.steps if not other.done()]
+        print(
+            f"\n{len(left)} of {len(self.steps)} commands left, about"
+            f" {duration(self.seconds(left))}:\npython {step.command}",
+            flush=True,
+        )
+        began = time.time()
+        try:
+            code = step.carry_out()
+        finally:
+            spent = self.times.get(step.command, 0) + time.time() - began
+            self.times[step.command] = round(spent, 1)
+            text = json.dumps(self.times, indent=1) + "\n"
+            write_whole(self.path, lambda path: path.write_text(text))
+        if code:
+            raise subprocess.CalledProcessError(code, f"python {step.command}")
 
     def seconds(self, left):
         """To expect for the steps that are left: their own estimates, corrected by what the
@@ -312,15 +312,14 @@ def main(argv=None):
     runs, results = Path("runs") / args.scale, Path("results") / args.scale
     runs.mkdir(parents=True, exist_ok=True)
     (results / "figures").mkdir(parents=True, exist_ok=True)
-    measuring = list(measurements(args, scale, chosen))
-    drawing = list(drawings(args, scale, chosen))
-    schedule = Schedule([*measuring, *drawing], runs / "times.json")
+    steps = [*measurements(args, scale, chosen), *drawings(args, scale, chosen)]
+    schedule = Schedule(steps, runs / "times.json")
     for ending in signal.SIGTERM, signal.SIGHUP:  # end the command that runs, as control-C does
         signal.signal(ending, signal.default_int_handler)
     try:
-        schedule.carry_out(measuring)
-        copy_records(measuring, runs, results)
-        schedule.carry_out(drawing)
+        for step in steps:
+            schedule.carry_out(step)
+            copy_records(step, runs, results)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here")
         return 130
@@ -328,7 +327,8 @@ def main(argv=None):
         print(f"reproduce.py: error: exit code {error.returncode}: {error.cmd}", file=sys.stderr)
         return error.returncode
     took = duration(sum(schedule.times.values()))
-    print(f"\nall {len(schedule.steps)} commands are done; they took {took} -> {results}")
+    size = sum(path.stat().st_size for path in results.rglob("*") if path.is_file()) / 1e6
+    print(f"\nall {len(steps)} commands are done; they took {took} -> {results}, {size:.1f} MB")
 
 
 if __name__ == "__main__":
