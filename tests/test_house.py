@@ -88,6 +88,7 @@ ALLOWED = {
         "sweep",
     },
     "plots": {"safety", "plots"},
+    "reproduce": {"safety"},
 }
 
 
