@@ -111,7 +111,7 @@ def explain_colours(row, axes, key):
     meshes = [mesh for ax in axes for mesh in ax.collections]
     values = np.concatenate([np.asarray(mesh.get_array()).ravel() for mesh in meshes])
     high = np.percentile(np.abs(values), 98)
-    limits = (-high, high) if row.diverging else np.percentile(values, (1, 85))
+    limits = (-high, high) if row.diverging else np.percentile(values, (1, 75))
     for mesh in meshes:
         mesh.set_clim(*limits)
     bar = key.figure.colorbar(meshes[0], cax=key.inset_axes([0, 0, 0.1, 1]), extend="both")
@@ -242,7 +242,7 @@ def draw_before_and_after(ax, run, shown):
 
 def draw_attribution(ax, run, name):
     """What ablating each head changes, with its standard error, and, where several heads are of a
-    class, the sum over them. The two that change most are named.
+    class, the sum over them. The two that change most are named, if it is more than three errors.
     """
     if not has(run, "ablations.npz"):
         return style.not_available(ax, "no ablations.npz")
@@ -264,7 +264,8 @@ def draw_attribution(ax, run, name):
             total = sum(effects[:, *head] for head in heads)
             ax.plot(millions, total, ":", color=colour, lw=1.4, label=f"{kind}, sum")
     ax.margins(y=0.15)  # room for names
-    for layer, head in sorted(classes, key=lambda place: -abs(effects[-1, *place]))[:2]:
+    clear = [head for head in classes if abs(effects[-1, *head]) > 3 * errors[-1, *head]]
+    for layer, head in sorted(clear, key=lambda head: -abs(effects[-1, *head]))[:2]:
         colour = style.CLASS_COLOURS[classes[layer, head]]
         ax.annotate(
             f"{layer}:{head}", (millions[-1], effects[-1, layer, head]), xytext=(-2, 3), ha="right",
