@@ -43,7 +43,7 @@ def draw(runs):
     ]
     rest = TITLE + 0.9 + LISTS + CURVES + GAP  # all but the rows of text
     width = 2 * MARGIN + GAP + sum(COLUMNS.values()) * COLUMN
-    figure = plt.figure(figsize=(width, sum(n_rows) * ROW + len(runs) * rest + 0.3))
+    figure = plt.figure(figsize=(width, sum(n_rows) * ROW + len(runs) * rest + 0.5))
     top = 0
     for run, rows in zip(runs, n_rows, strict=True):
         draw_title(figure, run, colours, top)

@@ -87,7 +87,7 @@ def draw_copying(runs):
     views = [Copied(run) for run in runs]
     heights = [TITLE + 1.2 + (view.rows + view.rows_of_repeat) * ROW for view in views]
     width = 2 * MARGIN + GAP + 2 * N_COLUMNS * COLUMN
-    figure = plt.figure(figsize=(width, sum(heights) + 0.4))
+    figure = plt.figure(figsize=(width, sum(heights) + 0.6))
     top = 0
     for view, height in zip(views, heights, strict=True):
         draw_copied(figure, view, top)
@@ -119,7 +119,7 @@ def draw_copied(figure, view, top):
     told = "first sentences {:.2f} nats a token, their repeat {:.2f}".format(*losses)
     heading.text(0, 0.2, told, color="0.3")
 
-    width, bar_left = N_COLUMNS * COLUMN, figure.get_figwidth() - MARGIN - 3.9
+    width, bar_left = N_COLUMNS * COLUMN, figure.get_figwidth() - MARGIN - 4.0
     titles = (
         f"where it attends from {token!r}",
         f"attention to what came next: {best['attention']:.3f} (chance {best['chance']:.3f})",
@@ -129,7 +129,7 @@ def draw_copied(figure, view, top):
     for n, (colours, label, seen) in enumerate(
         ((red, "attention", view.pattern), (blue, "logit attribution (nats)", view.attribution))
     ):
-        bar = place(figure, bar_left + 2.1 * n, top + 0.3, 1.8, 0.12)
+        bar = place(figure, bar_left + 2.25 * n, top + 0.3, 1.75, 0.12)
         figure.colorbar(colours, cax=bar, orientation="horizontal")
         bar.set_title(label, fontsize=8, weight="normal", pad=3)
         left, below = MARGIN + n * (width + GAP), top + TITLE + 0.25

@@ -233,13 +233,18 @@ def test_lines_are_compared_label_by_label(run):
     style.plt.close(figure)
 
 
-def test_scripts(folder, tmp_path, capsys):
+def test_scripts(folder, tmp_path, capsys, monkeypatch):
     out = tmp_path / "f.png"
     for view in token_views.VIEWS:
         assert token_views.main([str(folder), "--view", view, "--out", str(out)]) == 0
         assert out.read_bytes().startswith(b"\x89PNG")
     assert passage.main([str(folder), "--out", str(out)]) == 0
     capsys.readouterr()
+    shown = []
+    monkeypatch.setattr(style, "save", lambda figure, path: shown.append(figure.get_supxlabel()))
+    assert passage.main([str(folder), "--out", "f.png"]) == 0
+    assert shown[0].startswith("F8b, F8c, F9 of the paper")
+    assert f"python plots/passage.py {folder} --out f.png" in shown[0].replace("\n", " ")
     (folder / "passage.npz").unlink()
     (folder / "tasks.json").unlink()
     assert passage.main([str(folder), "--out", str(out)]) == 2
