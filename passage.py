@@ -47,18 +47,18 @@ def step_of(path):
 
 def pick_snapshots(steps, change):
     """-> (shown, compared), places in `steps`. Shown are the first snapshot, start, middle and end
-    of the phase change, and the last; without a change, five evenly spaced. Compared: start and
-    end, or first and last.
+    of the phase change, and the last; without a change, five evenly spaced (fewer of a run of
+    fewer). Compared: start and end, or first and last.
 
     change: as in summary.json, or None.
     """
     last = len(steps) - 1
     if change is None:
-        return np.linspace(0, last, 5).round().astype(int), np.array([0, last])
+        return np.unique(np.linspace(0, last, 5).round().astype(int)), np.array([0, last])
     if not {change["start_step"], change["end_step"]} <= set(steps):
         raise BadInput("the snapshots of the phase change are missing: train again, or restore")
     start, end = steps.index(change["start_step"]), steps.index(change["end_step"])
-    return np.array([0, start, (start + end) // 2, end, last]), np.array([start, end])
+    return np.unique([0, start, (start + end) // 2, end, last]), np.array([start, end])
 
 
 def describe_text(text, tokens, encoding, helped, misled):

@@ -31,6 +31,7 @@ LIMIT = 5_000_000  # bytes of the page
 WIDTHS = (1600, 1300, 1000, 800, 600)  # of its pictures, pixels: the first with which it fits
 QUALITY = 82  # of 100
 HEADS = 4  # of each layer in the viewer: those that match prefixes or see the last token best
+WHEN = ("before", "start of", "in", "end of", "after")
 
 
 # --- claims
@@ -124,26 +125,24 @@ def heads_of(run):
         tuple(map(int, row["head"].split(":"))): max(row["prefix_matching"], row["previous_token"])
         for row in run.summary["heads"]
     }
-    best = sorted(scores, key=scores.get, reverse=True)
-    layers = sorted({layer for layer, _ in best})
-    return sorted(h for n in layers for h in [h for h in best if h[0] == n][:HEADS])
+    heads = []
+    for layer in sorted({layer for layer, _ in scores}):
+        of_layer = (head for head in scores if head[0] == layer)
+        heads += sorted(sorted(of_layer, key=scores.get)[-HEADS:])
+    return heads
 
 
 def snapshots_of(run):
     """Of each shown snapshot how far it was trained, and where that is in the phase change."""
     millions = run.passage["tokens"][run.passage["shown"]] / 1e6
-    when = ["no phase change"] * len(millions)
-    if run.window:
-        start, end = run.window
-        when = [
-            "before the phase change" if m < start
-            else "start of the phase change" if m == start
-            else "in the phase change" if m < end
-            else "end of the phase change" if m == end
-            else "after the phase change"
-            for m in millions
-        ]  # fmt: skip
-    return [f"{m:.2f}M tokens: {what}" for m, what in zip(millions, when, strict=True)]
+    if run.window is None:
+        return [f"{m:.2f}M tokens: no phase change" for m in millions]
+    start, end = run.window
+    labels = []
+    for m in millions.tolist():
+        passed = (m >= start) + (m > start) + (m >= end) + (m > end)
+        labels.append(f"{m:.2f}M tokens: {WHEN[passed]} the phase change")
+    return labels
 
 
 def text_of(passage, name, heads, first):

@@ -127,6 +127,9 @@ def test_which_snapshots_are_shown():
     assert shown.tolist() == [0, 2, 3, 4, 9] and compared.tolist() == [2, 4]
     shown, compared = passage.pick_snapshots(steps, None)
     assert shown.tolist() == [0, 2, 4, 7, 9] and compared.tolist() == [0, 9]
+    shown, compared = passage.pick_snapshots(steps[:3], None)
+    assert shown.tolist() == [0, 1, 2] and compared.tolist() == [0, 2]
+    assert passage.pick_snapshots(steps[2:5], CHANGE)[0].tolist() == [0, 1, 2]
 
 
 def test_what_is_printed(record, arguments, run, capsys, monkeypatch, tmp_path):
