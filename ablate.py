@@ -164,9 +164,29 @@ def substitute_in_snapshot(args, ranks):
     model, about = setup.load(args.path)
     wanted = args.heads or substitute.CLASS[args.substitute]
     heads = evaluate.pick_heads(setup.table, wanted)
-    if not heads:
-        raise BadInput(f"this model has no {wanted} head: name heads with --heads")
+    table = substitution_table(setup, model, heads) if heads else []
+    if not ranks.is_first:
+        return
+    print(f"{args.path}: after {about['step']:,} steps, {about['tokens'] / 1e6:.2f}M tokens")
     n = args.examples
+    if heads:
+        print(
+            f"pattern replaced by {args.substitute}, everything after it recomputed; mean loss in"
+            f" nats over all positions of {n:,} examples; fitted on"
+            f" {substitute.FIT_EXAMPLES} others"
+        )
+        substitute.print_rows(table)
+    else:
+        print(f"this model has no {wanted} head: nothing to substitute; --heads takes others")
+    if args.out:
+        content = {"pattern": args.substitute, "examples": n, "corpus": setup.corpus.sha256}
+        write_json(args.out, content | {"machine": setup.machine(), "rows": table})
+        print(f"-> {args.out}")
+
+
+def substitution_table(setup, model, heads):
+    """A row for each of the heads, and one for all of them together."""
+    args, ranks, n = setup.args, setup.ranks, setup.args.examples
     rows = evaluation_rows(setup.corpus, evaluate.N_CTX, n + substitute.FIT_EXAMPLES)
     measured, others = (
         [x[some].to(args.device) for x in rows] for some in (slice(n), slice(n, None))
@@ -182,18 +202,7 @@ def substitute_in_snapshot(args, ranks):
             )
         )
         progress(len(table), len(sets))
-    if not ranks.is_first:
-        return
-    print(f"{args.path}: after {about['step']:,} steps, {about['tokens'] / 1e6:.2f}M tokens")
-    print(
-        f"pattern replaced by {args.substitute}, everything after it recomputed; mean loss in nats"
-        f" over all positions of {n:,} examples; fitted on {substitute.FIT_EXAMPLES} others"
-    )
-    substitute.print_rows(table)
-    if args.out:
-        content = {"pattern": args.substitute, "examples": n, "corpus": setup.corpus.sha256}
-        write_json(args.out, content | {"machine": setup.machine(), "rows": table})
-        print(f"-> {args.out}")
+    return table
 
 
 def take_up(setup, out):

@@ -298,6 +298,8 @@ def sinusoid(config):
     A shift by any number of positions is one rotation of this vector, which W_Q W_K^T can learn: so
     a head can look at "one token back" wherever it stands.
     """
+    if torch.get_default_device().type == "meta":  # arithmetic there imports PyTorch's compiler
+        return torch.empty(config.n_ctx, config.d_model)
     position = torch.arange(config.n_ctx, dtype=torch.float64)[:, None]
     exponent = torch.arange(config.d_model // 2, dtype=torch.float64) / (config.d_model / 2)
     angle = position * config.position_max_frequency * config.position_base**-exponent

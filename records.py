@@ -157,10 +157,15 @@ def stack(records):
 
 def write_records(path, records):
     """All records of a run in one .npz, which numpy alone can read."""
+    write_arrays(path, stack(records))
+
+
+def write_arrays(path, arrays):
+    """{name: array} as a compressed .npz."""
 
     def save(temporary):
         with open(temporary, "wb") as file:  # np.savez adds a suffix to a name, not to a file
-            np.savez_compressed(file, **stack(records))
+            np.savez_compressed(file, **arrays)
 
     write_whole(path, save)
 

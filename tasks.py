@@ -15,6 +15,7 @@ need not: the last two ask for words that a small model may hardly know, and are
 a larger one.
 """
 
+import codecs
 import dataclasses
 import sys
 from pathlib import Path
@@ -116,6 +117,11 @@ PASSAGES = {
         ("orlop",),
     ),
 }
+
+
+def word_places(text, words, piece):
+    """Where that piece of each word stands, occurrence by occurrence: {word: [place]}."""
+    return {word: [places[piece] for places in text.find_all(word)] for word in words}
 
 
 def literal_copying(text):
@@ -256,17 +262,22 @@ def head_rows(scores):
 
 
 def token_view(task, pattern, attribution, head, encoding, least=0.05):
-    """What a figure of one head's attention on the text needs: the tokens, and for every query the
-    keys that it attends to by at least that much: [query, key, attention, nats].
+    """What a figure of one head's attention on the text needs: the tokens; for every query the keys
+    that it attends to by at least that much: [query, key, attention, nats]; the right keys: [query,
+    key]. A character of several tokens is spelled at the last of them.
     """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     pattern, attribution = pattern[head], attribution[head]
     edges = [
         [*at, round(pattern[tuple(at)].item(), 3), round(attribution[tuple(at)].item(), 3)]
         for at in (pattern >= least).nonzero().tolist()
     ]
     return {
-        "tokens": [encoding.decode([token]) for token in task.tokens.tolist()],
+        "tokens": [
+            decoder.decode(token) for token in encoding.decode_tokens_bytes(task.tokens.tolist())
+        ],
         "edges": edges,
+        "right": task.right.nonzero().tolist(),
     }
 
 
@@ -297,9 +308,10 @@ def measure_literal_copying(model, name, encoding):
     n_first = len(text.parts[0])
 
     def losses_of(words, piece):
+        found = word_places(text, words, piece)
         return {
-            word: [round(losses[places[piece]].item(), 2) for places in text.find_all(word)]
-            for word in words
+            word: [round(losses[place].item(), 2) for place in places]
+            for word, places in found.items()
         }
 
     return {

@@ -182,3 +182,16 @@ def read_arrays(path):
 
 def missing(path):
     return BadInput(f"{path} is missing; plots/runs.py tells which script writes it")
+
+
+def head_on_passage(passage, name, shown, layer, head):
+    """A head on one text of passage.npz (passage.py) -> pattern, 0 to 1, and logit attribution,
+    nats, each [query, key]. shown: which of the snapshots that are shown.
+    """
+    steps = [passage[f"{name}_{what}"][shown, layer, head] for what in ("pattern", "attribution")]
+    scale = passage[f"{name}_attribution_scale"][shown, layer, head]
+    n_tokens = int((2 * len(steps[0])) ** 0.5)  # there are n (n + 1) / 2 pairs of n tokens
+    pattern, attribution = np.zeros((2, n_tokens, n_tokens))
+    pairs = np.tril_indices(n_tokens)
+    pattern[pairs], attribution[pairs] = steps[0] / 255, steps[1] * scale
+    return pattern, attribution

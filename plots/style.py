@@ -1,5 +1,7 @@
 """What all figures share: colours, the look of an axis, the command line."""
 
+import shlex
+import sys
 import textwrap
 from pathlib import Path
 
@@ -65,8 +67,12 @@ def save(figure, path):
 
 
 def caption(figure, text):
-    """A small grey line under the figure: its number in the paper, on how many examples."""
-    text = textwrap.fill(text, int(16 * figure.get_figwidth()))
+    """Small grey lines under the figure, below those that are there: its number in the paper, on
+    how many examples. `script` adds the command.
+    """
+    filled = textwrap.fill(text, int(16 * figure.get_figwidth()), break_on_hyphens=False)
+    above = figure.get_supxlabel()
+    text = f"{above}\n{filled}" if above else filled
     figure.supxlabel(text, x=0.005, ha="left", fontsize=7.5, color="0.4")
 
 
@@ -110,10 +116,14 @@ def script(doc, draw, add_flags=lambda add: None):
         add("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
         add("--out", type=Path, required=True, help="the picture to write (.png)")
         add_flags(add)
+        argv = sys.argv[1:] if argv is None else argv
         flags = vars(parser.parse_args(argv))
         runs, out = flags.pop("runs"), flags.pop("out")
         if out.suffix != ".png":
             raise BadInput(f"--out {out}: must end in .png")
-        save(draw([load_run(folder) for folder in runs], **flags), out)
+        figure = draw([load_run(folder) for folder in runs], **flags)
+        name = Path(draw.__code__.co_filename).name
+        caption(figure, shlex.join(["python", f"plots/{name}", *argv]))
+        save(figure, out)
 
     return main

@@ -312,6 +312,13 @@ def test_substitution_from_the_command_line(snapshot, command, capsys, monkeypat
         assert row["loss_zero"] != row["loss_mean"] != row["loss_free"] != row["loss_fitted"]
 
 
+def test_that_no_head_is_of_the_class_of_a_rule_is_a_record_too(snapshot, command, capsys):
+    arguments = command(snapshot, "--substitute", "induction", "--out", "out.json")
+    assert ablate.main(arguments) == 0
+    assert "no prefix-matching head" in capsys.readouterr().out
+    assert json.loads(Path("out.json").read_text())["rows"] == []
+
+
 # bad input
 
 
@@ -330,7 +337,6 @@ def test_bad_input_is_one_line(snapshot, run, command, tmp_path, capsys):
     assert "no such head: they are 0:0 to 1:1" in says(snapshot, "--heads", "1:0,2:0")
     assert "no such head" in says(snapshot, "--heads", "best")
     assert "none of this model's heads is one" in says(snapshot, "--heads", "induction")
-    assert "no prefix-matching head" in says(snapshot, "--substitute", "induction")
     assert "--full" in says(snapshot, "--full", "--freeze-layernorm")
     assert "--full" in says(snapshot, "--full", "--no-bands")
     assert "--substitute" in says(snapshot, "--substitute", "previous", "--mean")

@@ -29,6 +29,15 @@ ALLOWED = {
     },
     "circuits": {"safety", "parallel", "metrics", "model", "snapshots", "records", "evaluate"},
     "tasks": {"safety", "parallel", "vocabulary", "model", "snapshots", "records", "evaluate"},
+    "passage": {
+        "safety",
+        "parallel",
+        "vocabulary",
+        "snapshots",
+        "records",
+        "evaluate",
+        "tasks",
+    },
     "progress": {"model", "evaluate"},
     "sweep": {"model", "kernels"},
     "substitute": {"metrics", "evaluate", "sweep"},
@@ -79,6 +88,7 @@ ALLOWED = {
         "sweep",
     },
     "plots": {"safety", "plots"},
+    "reproduce": {"safety"},
 }
 
 

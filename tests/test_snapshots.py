@@ -3,7 +3,10 @@
 import dataclasses
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from safety import BadInput
 from snapshots import load_snapshot, save_snapshot
 from tests.test_model import SMALL, each_variant, make, tokens
 
+ROOT = Path(__file__).parent.parent
 CORPUS = {"data": "python", "name": "python-1024", "sha256": "0"}
 
 
@@ -23,6 +27,14 @@ def test_a_snapshot_comes_back_as_it_was_saved(config, tmp_path):
     assert about == {"step": 7, "tokens": 70, "corpus": CORPUS}
     assert loaded.config == config
     assert torch.equal(loaded(tokens()), model(tokens()))
+
+
+def test_opening_a_snapshot_does_not_import_the_compiler(tmp_path):
+    """Which takes as long as importing the rest of PyTorch."""
+    save_snapshot(tmp_path / "a.pt", make(SMALL), 0, 0, CORPUS)
+    program = "import sys; from snapshots import load_snapshot; load_snapshot(sys.argv[1])"
+    program += "; sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program, tmp_path / "a.pt"], cwd=ROOT, check=True)
 
 
 class Bomb:

@@ -206,10 +206,17 @@ def test_losses_of_a_passage_token_by_token(name, encoding):
 
 
 def test_the_view_holds_what_is_attended_to(encoding):
-    task = tasks.Task(torch.tensor(encoding.encode_ordinary("a b")), *torch.zeros(2, 2, 2).bool())
+    right, candidates = torch.zeros(2, 2, 2).bool()
+    right[1, 0] = True
+    task = tasks.Task(torch.tensor(encoding.encode_ordinary("a b")), right, candidates)
     pattern = torch.tensor([[1.0, 0.0], [0.04, 0.96]])[None, None]
     view = tasks.token_view(task, pattern, 2 * pattern, (0, 0), encoding)
-    assert view == {"tokens": ["a", " b"], "edges": [[0, 0, 1.0, 2.0], [1, 1, 0.96, 1.92]]}
+    edges = [[0, 0, 1.0, 2.0], [1, 1, 0.96, 1.92]]
+    assert view == {"tokens": ["a", " b"], "edges": edges, "right": [[1, 0]]}
+    task = tasks.translation(encoding)
+    nowhere = torch.zeros(1, 1, len(task.tokens), len(task.tokens))
+    spelled = tasks.token_view(task, nowhere, nowhere, (0, 0), encoding)["tokens"]
+    assert "était la première" in "".join(spelled) and "" in spelled
 
 
 def test_right_labels_are_counted(encoding):

@@ -1,0 +1,335 @@
+"""The whole paper, as the list of commands that reproduce it.
+
+    python reproduce.py                                   the miniature, for two CPU cores
+    python reproduce.py --second-corpus books.txt.xz      with the models that read only prose
+    python reproduce.py --scale small --data fineweb      the same list of larger models, for a GPU
+
+Read `models`, `measurements` and FIGURES: they are its table of contents. Every command is printed
+before it runs and can be given by hand. What is there already is not made again, so that the same
+command goes on after control-C or a crash. Snapshots and full records stay in runs/SCALE; what
+figures and tables need goes to results/SCALE, pictures to results/SCALE/figures.
+"""
+
+import dataclasses
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from safety import ArgumentParser, BadInput, one_line_errors, write_whole
+
+ROOT = Path(__file__).parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How much of everything."""
+
+    name: str  # train.py's
+    tokens: int  # that each model is trained on
+    tokens_per_step: int
+    d_model: int
+    d_vocab: int
+    widths: tuple[int, ...]  # other d_model, standing in for the paper's full-scale models
+    snapshots: int  # of a run that are measured again, and whose weights are read
+    examples: int  # that they are measured on; 0: training measured all of them on enough
+    ablated: int  # snapshots whose heads are ablated
+    ablation_examples: int  # on so many examples
+    only: tuple[str, ...] = ()  # the models, if not all
+
+
+SCALES = {
+    "mini": Scale(
+        "mini", 8_000_000, 8 * 512, d_model=128, d_vocab=1024, widths=(64, 192, 256),
+        snapshots=30, examples=400, ablated=12, ablation_examples=400,
+    ),
+    "small": Scale(
+        "small", 500_000_000, 128 * 1024, d_model=768, d_vocab=50257, widths=(384, 1536),
+        snapshots=30, examples=0, ablated=12, ablation_examples=1000,
+    ),
+    # every kind of command once or twice, on too little to learn from
+    "smoke": Scale(
+        "mini", 4 * 8 * 512, 8 * 512, d_model=128, d_vocab=1024, widths=(),
+        snapshots=2, examples=8, ablated=2, ablation_examples=8, only=("2L", "1L-books"),
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    layers: int
+    mlp: bool = False
+    smear: bool = False
+    d_model: int | None = None  # None: the scale's
+    books: bool = False  # trained on the second corpus
+    seed: int = 0
+
+    @property
+    def name(self):
+        """2L, 2L-mlp, 1L-smear, 2L-d64, 1L-books; with another seed than 0 1L-smear-1."""
+        parts = [f"{self.layers}L"] + ["mlp"] * self.mlp + ["smear"] * self.smear
+        parts += [f"d{self.d_model}"] * bool(self.d_model) + ["books"] * self.books
+        return "-".join(parts + [str(self.seed)] * bool(self.seed))
+
+    @property
+    def flags(self):
+        parts = [f"--layers {self.layers}"] + ["--attn-only"] * (not self.mlp)
+        parts += ["--smear"] * self.smear + [f"--d-model {self.d_model}"] * bool(self.d_model)
+        return " ".join([*parts, f"--seed {self.seed}"])
+
+    def seconds(self, scale):
+        """That two cores need for one token's way through it: at 36e9 multiply-adds a second."""
+        d_model = self.d_model or scale.d_model
+        layer = 4 * d_model**2 + 512 * d_model + self.mlp * 8 * d_model**2
+        return (d_model * scale.d_vocab + self.layers * layer) / 36e9
+
+
+def models(scale):
+    """Every model of the paper, and more seeds of the three that its argument rests on."""
+    attention_only = [Model(n) for n in range(1, 7)]
+    with_mlps = [Model(n, mlp=True) for n in range(1, 7)]
+    smeared = [Model(n, smear=True) for n in (1, 2)]
+    key = [Model(1), Model(2), Model(1, smear=True)]
+    seeds = [dataclasses.replace(model, seed=seed) for model in key for seed in (1, 2)]
+    widths = [Model(2, d_model=width) for width in scale.widths]
+    books = [dataclasses.replace(model, books=True) for model in key]
+    every = [*attention_only, *with_mlps, *smeared, *seeds, *widths, *books]
+    return [model for model in every if not scale.only or model.name in scale.only]
+
+
+PASSAGE = ("1L", "2L", "1L-smear")  # models whose every token and head on a text is recorded
+SUBSTITUTED = ("2L",)  # models whose heads' patterns are replaced by rules
+
+ATTENTION_ONLY = "1L 2L 3L 4L 5L 6L"
+WITH_MLPS = "1L-mlp 2L-mlp 3L-mlp 4L-mlp 5L-mlp 6L-mlp"
+# name of the picture: its script in plots/ and flags; the runs that it shows, if they are there
+FIGURES = {
+    "phase-change": ("phase_change.py", "1L 2L 1L-smear"),
+    "phase-change-attention-only": ("phase_change.py", ATTENTION_ONLY),
+    "phase-change-mlp": ("phase_change.py", WITH_MLPS),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A command as the README would give it, without `python`."""
+
+    command: str
+    outputs: tuple[Path, ...]  # there when it is done
+    seconds: float  # to expect on two cores of an AMD EPYC
+    holds: str = ""  # in the last output when it is done: ablate.py begins its own at once
+    reads: tuple[Path, ...] = ()  # folders of records that no output may be older than
+
+    @property
+    def script(self):
+        return self.command.split()[0]
+
+    def done(self):
+        if not all(path.exists() for path in self.outputs):
+            return False
+        if self.holds and self.holds not in self.outputs[-1].read_text():
+            return False
+        read = [path.stat().st_mtime for folder in self.reads for path in folder.glob("*")]
+        return min(path.stat().st_mtime for path in self.outputs) >= max(read, default=0)
+
+    def carry_out(self):
+        """Exit code. Control-C ends the command, too; a training then goes on from its last
+        snapshot.
+        """
+        script, *arguments = shlex.split(self.command)
+        if script == "train.py" and self.outputs[0].exists():
+            arguments.append("--resume")
+        # control-C would have it print a traceback: in a session of its own it does not see it
+        process = subprocess.Popen(
+            [sys.executable, ROOT / script, *arguments], start_new_session=True
+        )
+        try:
+            return process.wait()
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def measurements(args, scale, chosen):
+    """Trains every model, then measures what it learned, what each head causes, what its weights
+    say, what its heads do on given texts, and how much of a head is a rule.
+    """
+    runs, text = Path("runs") / args.scale, corpus_flags(args.data, args.vocabulary)
+    second_text = corpus_flags(args.second_corpus, args.vocabulary)
+    if args.second_corpus and scale.name == "mini":
+        vocabulary = runs / "second-corpus.tiktoken"
+        learn = f"vocabulary.py {corpus_flags(args.second_corpus)} --size {scale.d_vocab}"
+        yield Step(f"{learn} --out {vocabulary}", (vocabulary,), 60)
+        second_text = corpus_flags(args.second_corpus, vocabulary)
+
+    def each(some):
+        """Where the run of each model is, the flags of its text, and the model."""
+        for model in some:
+            yield runs / model.name, second_text if model.books else text, model
+
+    for run, flags, model in each(chosen):
+        sizes = f"--scale {scale.name} --tokens {scale.tokens} {model.flags}"
+        records = (run / "run.json", run / "measurements.npz", run / "summary.json")
+        # back is twice the way; measuring 89 snapshots takes a fifth of the time
+        seconds = 10 + 3 * 1.25 * model.seconds(scale) * scale.tokens
+        yield Step(f"train.py {sizes} {flags} --out {run}", records, seconds)
+
+    for run, flags, model in each(chosen if scale.examples else ()):
+        how = f"--snapshots {scale.snapshots} --examples {scale.examples}"
+        seconds = 5 + model.seconds(scale) * (scale.snapshots + 2) * scale.examples * 512
+        yield Step(f"evaluate.py {run} {how} {flags}", (run / "evaluation.npz",), seconds)
+
+    # the paper leaves its full-scale and its second-corpus models whole
+    whole = [model for model in chosen if not (model.books or model.d_model)]
+    for run, flags, model in each(whole):
+        how = f"--snapshots {scale.ablated} --examples {scale.ablation_examples}"
+        records = (run / "ablations.npz", run / "ablations.json")
+        # of two heads a layer each on average needs the half of the layers behind it
+        ways = (scale.ablated + 4) * scale.ablation_examples * 512 * (1 + model.layers / 2)
+        seconds = 10 + ways * model.seconds(scale)
+        yield Step(f"ablate.py {run} {how} {flags}", records, seconds, holds='"answer"')
+
+    for run, flags, model in each(whole):
+        out = run / "circuits.json"
+        command = f"circuits.py {run} --snapshots {scale.snapshots} --out {out} {flags}"
+        yield Step(command, (out,), 5 + 0.2 * scale.snapshots * model.layers)
+
+    steps = scale.tokens // scale.tokens_per_step
+    for run, flags, _ in each(whole):
+        last, out = run / "snapshots" / f"step_{steps:07d}.pt", run / "tasks.json"
+        yield Step(f"tasks.py {last} --out {out} {flags}", (out,), 10)
+
+    for run, flags, _ in each(model for model in whole if model.name in PASSAGE):
+        yield Step(f"passage.py {run} {flags}", (run / "passage.npz",), 20)
+
+    for run, flags, _ in each(model for model in whole if model.name in SUBSTITUTED):
+        last = run / "snapshots" / f"step_{steps:07d}.pt"
+        for rule in ("previous", "induction", "induction2"):
+            out = run / f"substitute-{rule}.json"
+            how = f"--substitute {rule} --examples {min(150, scale.ablation_examples)}"
+            yield Step(f"ablate.py {last} {how} --out {out} {flags}", (out,), 30)
+
+
+def corpus_flags(data, vocabulary=None):
+    flags = ["--data", str(data)] + ["--vocabulary", str(vocabulary)] * bool(vocabulary)
+    return shlex.join(flags)
+
+
+def drawings(args, scale, chosen):
+    """The figures, from the copies of the records: they can be drawn again without the runs."""
+    results, names = Path("results") / args.scale, {model.name for model in chosen}
+    drawn = set()
+    for name, (script, runs) in FIGURES.items():
+        folders = tuple(results / run for run in runs.split() if run in names)
+        if not folders or (scale.only and script in drawn):  # `smoke` draws one of each
+            continue
+        drawn.add(script)
+        out = results / "figures" / f"{name}.png"
+        command = f"plots/{script} {' '.join(map(str, folders))} --out {out}"
+        yield Step(command, (out,), 5, reads=folders)
+
+
+def copy_records(step, runs, results):
+    """What figures and tables read of it, if it is the command of a run."""
+    for source in step.outputs:
+        if source.is_relative_to(runs):
+            target = results / source.relative_to(runs)
+            if not target.exists() or target.read_bytes() != source.read_bytes():
+                target.parent.mkdir(exist_ok=True)
+                write_whole(target, lambda path, source=source: shutil.copyfile(source, path))
+
+
+class Schedule:
+    """Carries steps out unless they are done, and tells how long the others will take."""
+
+    def __init__(self, steps, path):
+        self.steps, self.path = steps, path
+        self.times = json.loads(path.read_text()) if path.exists() else {}
+
+    def carry_out(self, step):
+        if step.done():
+            return
+        left = [other for other in self.steps if not other.done()]
+        print(
+            f"\n{len(left)} of {len(self.steps)} commands left, about"
+            f" {duration(self.seconds(left))}:\npython {step.command}",
+            flush=True,
+        )
+        began = time.time()
+        try:
+            code = step.carry_out()
+        finally:
+            spent = self.times.get(step.command, 0) + time.time() - began
+            self.times[step.command] = round(spent, 1)
+            text = json.dumps(self.times, indent=1) + "\n"
+            write_whole(self.path, lambda path: path.write_text(text))
+        if code:
+            raise subprocess.CalledProcessError(code, f"python {step.command}")
+
+    def seconds(self, left):
+        """To expect for the steps that are left: their own estimates, corrected by what the
+        finished ones of the same script (if there are none: all finished ones) took beside theirs.
+        """
+        done = [step for step in self.steps if step.command in self.times and step not in left]
+
+        def pace(some):
+            expected = sum(step.seconds for step in some)
+            return expected and sum(self.times[step.command] for step in some) / expected
+
+        return sum(
+            step.seconds * (pace([s for s in done if s.script == step.script]) or pace(done) or 1)
+            for step in left
+        )
+
+
+def duration(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+@one_line_errors
+def main(argv=None):
+    parser = ArgumentParser(__doc__)
+    add = parser.add_argument
+    add("--scale", choices=SCALES, default="mini", help="default: mini; smoke is for tests")
+    add("--data", default="python", help="python, fineweb, or a path of text or token shards")
+    add("--vocabulary", metavar="FILE", help="gpt2 or a .tiktoken file (default: the corpus's)")
+    add("--second-corpus", metavar="PATH", help="a text of prose: .txt, .gz, .xz or a folder")
+    args = parser.parse_args(argv)
+    if args.second_corpus and not Path(args.second_corpus).exists():
+        raise BadInput(f"--second-corpus {args.second_corpus}: no such file or folder")
+    scale = SCALES[args.scale]
+    chosen = models(scale)
+    if not args.second_corpus:
+        left_out = ", ".join(model.name for model in chosen if model.books)
+        print(f"left out for want of a text of prose (--second-corpus PATH): {left_out}")
+        chosen = [model for model in chosen if not model.books]
+
+    runs, results = Path("runs") / args.scale, Path("results") / args.scale
+    runs.mkdir(parents=True, exist_ok=True)
+    (results / "figures").mkdir(parents=True, exist_ok=True)
+    steps = [*measurements(args, scale, chosen), *drawings(args, scale, chosen)]
+    schedule = Schedule(steps, runs / "times.json")
+    for ending in signal.SIGTERM, signal.SIGHUP:  # end the command that runs, as control-C does
+        signal.signal(ending, signal.default_int_handler)
+    try:
+        for step in steps:
+            schedule.carry_out(step)
+            copy_records(step, runs, results)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here")
+        return 130
+    except subprocess.CalledProcessError as error:
+        print(f"reproduce.py: error: exit code {error.returncode}: {error.cmd}", file=sys.stderr)
+        return error.returncode
+    took = duration(sum(schedule.times.values()))
+    size = sum(path.stat().st_size for path in results.rglob("*") if path.is_file()) / 1e6
+    print(f"\nall {len(steps)} commands are done; they took {took} -> {results}, {size:.1f} MB")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
