@@ -160,7 +160,7 @@ def matching_heads_copy(runs):
     counts="both coefficients 0.5 or more, on the direct path",
     paper="strong positive correlation",
     figure="eigenvalues",
-    command="plots/eigenvalues.py {runs}/[1-6]L",
+    command="plots/eigenvalues.py {runs}/[1-6]L {runs}/[12]L-[0-9]",
 )
 def copying_is_in_the_eigenvalues(runs):
     yield from with_weights(runs, "copying", "ov_copying", lambda n: 0.5)
@@ -172,7 +172,7 @@ def copying_is_in_the_eigenvalues(runs):
     counts="both coefficients above 0 by two standard errors, on the direct path",
     paper="positive",
     figure="eigenvalues",
-    command="plots/eigenvalues.py {runs}/[1-6]L",
+    command="plots/eigenvalues.py {runs}/[1-6]L {runs}/[12]L-[0-9]",
 )
 def prefix_matching_is_in_the_trace(runs):
     yield from with_weights(runs, "prefix_matching", "qk_match", two_errors)
