@@ -106,11 +106,37 @@ SUBSTITUTED = ("2L",)  # models whose heads' patterns are replaced by rules
 
 ATTENTION_ONLY = "1L 2L 3L 4L 5L 6L"
 WITH_MLPS = "1L-mlp 2L-mlp 3L-mlp 4L-mlp 5L-mlp 6L-mlp"
+SMEARED = "1L 1L-smear 2L 2L-smear"
+SEEDS = "1L-1 1L-2 2L-1 2L-2"
+SMEARED_SEEDS = "1L-smear-1 1L-smear-2"
+BOOKS = "1L-books 1L-smear-books 2L-books"
+WIDTHS = "2L-d64 2L 2L-d192 2L-d256 2L-d384 2L-d1536"
 # name of the picture: its script in plots/ and flags; the runs that it shows, if they are there
 FIGURES = {
     "phase-change": ("phase_change.py", "1L 2L 1L-smear"),
     "phase-change-attention-only": ("phase_change.py", ATTENTION_ONLY),
     "phase-change-mlp": ("phase_change.py", WITH_MLPS),
+    "trajectories": ("trajectories.py", f"{ATTENTION_ONLY} {WITH_MLPS}"),
+    "trajectories-smear-books": ("trajectories.py", f"{SMEARED} {BOOKS}"),
+    "passage": ("passage.py", "2L"),
+    "passage-smear": ("passage.py", "1L-smear"),
+    "smear": ("smear.py", f"{SMEARED} {SEEDS} {SMEARED_SEEDS}"),
+    "ablations": ("ablations.py", ATTENTION_ONLY),
+    "ablations-mlp": ("ablations.py", WITH_MLPS),
+    "token-views-copying": ("token_views.py --view copying", "2L"),
+    "token-views-translation": ("token_views.py --view translation", "2L"),
+    "token-views-patterns": ("token_views.py --view patterns", "2L"),
+    "analysis-attention-only": ("analysis_table.py", ATTENTION_ONLY),
+    "analysis-mlp": ("analysis_table.py", WITH_MLPS),
+    "analysis-smear": ("analysis_table.py --rows R2,R3,R4,R5", SMEARED),
+    "analysis-books": ("analysis_table.py --rows R2,R3,R4,R5", BOOKS),
+    "sizes-depth": ("sizes.py", "2L 3L 4L 5L 6L"),
+    "sizes-width": ("sizes.py", WIDTHS),
+    "head-positions": ("head_positions.py", ATTENTION_ONLY),
+    "head-positions-mlp": ("head_positions.py", WITH_MLPS),
+    "head-positions-width": ("head_positions.py", WIDTHS),
+    "head-scatter": ("head_scatter.py", f"{ATTENTION_ONLY} {WITH_MLPS} {SMEARED} {WIDTHS}"),
+    "eigenvalues": ("eigenvalues.py", f"{ATTENTION_ONLY} {SEEDS}"),
 }
 
 
@@ -119,7 +145,7 @@ class Step:
     """A command as the README would give it, without `python`."""
 
     command: str
-    outputs: tuple[Path, ...]  # there when it is done
+    outputs: tuple[Path, ...]  # there when it is done; none: it only prints
     seconds: float  # to expect on two cores of an AMD EPYC
     holds: str = ""  # in the last output when it is done: ablate.py begins its own at once
     reads: tuple[Path, ...] = ()  # folders of records that no output may be older than
@@ -129,7 +155,7 @@ class Step:
         return self.command.split()[0]
 
     def done(self):
-        if not all(path.exists() for path in self.outputs):
+        if not (self.outputs and all(path.exists() for path in self.outputs)):
             return False
         if self.holds and self.holds not in self.outputs[-1].read_text():
             return False
@@ -220,17 +246,21 @@ def corpus_flags(data, vocabulary=None):
 
 
 def drawings(args, scale, chosen):
-    """The figures, from the copies of the records: they can be drawn again without the runs."""
+    """Figures, report and tables, from the copies of the records: they need no runs."""
     results, names = Path("results") / args.scale, {model.name for model in chosen}
     drawn = set()
     for name, (script, runs) in FIGURES.items():
-        folders = tuple(results / run for run in runs.split() if run in names)
+        folders = tuple(results / run for run in dict.fromkeys(runs.split()) if run in names)
         if not folders or (scale.only and script in drawn):  # `smoke` draws one of each
             continue
         drawn.add(script)
         out = results / "figures" / f"{name}.png"
         command = f"plots/{script} {' '.join(map(str, folders))} --out {out}"
         yield Step(command, (out,), 5, reads=folders)
+    everything = (*(results / name for name in sorted(names)), results / "figures")
+    out = results / "report.html"
+    yield Step(f"plots/report.py {results} --out {out}", (out,), 15, reads=everything)
+    yield Step(f"plots/tables.py {results}", (), 5)
 
 
 def copy_records(step, runs, results):

@@ -19,6 +19,8 @@ import pytest
 
 import reproduce
 from model import SCALES as SIZES
+from plots import claims, more_claims  # noqa: F401  they fill CLAIMS
+from plots.checks import CLAIMS
 from reproduce import SCALES, Schedule, Step, drawings, measurements, models
 from safety import ArgumentParser
 from train import RECIPES
@@ -89,10 +91,18 @@ def test_no_two_commands_write_the_same():
 
 
 def test_figures_show_the_records_of_the_results():
-    shown = [step for step in listed("mini") if step.script.startswith("plots/")]
-    assert shown and all(step.reads for step in shown)
+    shown = [step for step in listed("mini") if "/figures/" in step.command]
+    assert {step.outputs[0].stem for step in shown} == set(reproduce.FIGURES)
     for step in shown:
-        assert all(path.parent == Path("results/mini") for path in step.reads)
+        assert step.reads and all(path.parent == Path("results/mini") for path in step.reads)
+
+
+def test_the_figures_that_claims_point_to_are_in_the_list():
+    assert len(CLAIMS) > 10
+    for claim in CLAIMS:
+        if claim.figure:
+            script, _ = reproduce.FIGURES[claim.figure]
+            assert claim.command.startswith(f"plots/{script} ")
 
 
 def test_the_readme_shows_no_figure_that_is_not_in_the_list():
@@ -258,11 +268,15 @@ def test_the_whole_paper_on_next_to_nothing(text_file, tmp_path):
         run = tmp_path / "runs" / "smoke" / record.parent.name
         assert record.read_bytes() == (run / record.name).read_bytes()
     drawn = {path.stem for path in (results / "figures").glob("*.png")}
-    steps = [step for step in listed("smoke") if step.script.startswith("plots/")]
+    steps = [step for step in listed("smoke") if "/figures/" in step.command]
     assert drawn == {step.outputs[0].stem for step in steps} != set()
+    assert (results / "report.html").exists() and "| claim |" in done.stdout
 
     again = subprocess.run(command, **pipes)
-    assert again.returncode == 0 and "\npython " not in again.stdout
+    assert again.returncode == 0
+    assert re.findall("^python (.*)", again.stdout, re.MULTILINE) == [
+        "plots/tables.py results/smoke"
+    ]
     assert "commands are done" in again.stdout
 
 
