@@ -39,6 +39,7 @@ class Scale:
     examples: int  # that they are measured on; 0: training measured all of them on enough
     ablated: int  # snapshots whose heads are ablated
     ablation_examples: int  # on so many examples
+    rules: tuple[str, ...] = ("previous", "induction", "induction2")  # that replace patterns
     only: tuple[str, ...] = ()  # the models, if not all
 
 
@@ -54,7 +55,8 @@ SCALES = {
     # every kind of command once or twice, on too little to learn from
     "smoke": Scale(
         "mini", 4 * 8 * 512, 8 * 512, d_model=128, d_vocab=1024, widths=(),
-        snapshots=2, examples=8, ablated=2, ablation_examples=8, only=("2L", "1L-books"),
+        snapshots=5, examples=8, ablated=2, ablation_examples=8, rules=("induction",),
+        only=("2L", "1L-books"),
     ),
 }  # fmt: skip
 
@@ -234,7 +236,7 @@ def measurements(args, scale, chosen):
 
     for run, flags, _ in each(model for model in whole if model.name in SUBSTITUTED):
         last = run / "snapshots" / f"step_{steps:07d}.pt"
-        for rule in ("previous", "induction", "induction2"):
+        for rule in scale.rules:
             out = run / f"substitute-{rule}.json"
             how = f"--substitute {rule} --examples {min(150, scale.ablation_examples)}"
             yield Step(f"ablate.py {last} {how} --out {out} {flags}", (out,), 30)
@@ -251,9 +253,10 @@ def drawings(args, scale, chosen):
     drawn = set()
     for name, (script, runs) in FIGURES.items():
         folders = tuple(results / run for run in dict.fromkeys(runs.split()) if run in names)
-        if not folders or (scale.only and script in drawn):  # `smoke` draws one of each
+        kind = script.split()[0]
+        if not folders or (scale.only and kind in drawn):  # `smoke` draws one of each
             continue
-        drawn.add(script)
+        drawn.add(kind)
         out = results / "figures" / f"{name}.png"
         command = f"plots/{script} {' '.join(map(str, folders))} --out {out}"
         yield Step(command, (out,), 5, reads=folders)

@@ -257,8 +257,7 @@ def test_the_whole_paper_on_next_to_nothing(text_file, tmp_path):
     # of the processor, which other programs that run do not change
     assert sum(after[:2]) - sum(before[:2]) < 90
 
-    names = {"run", "summary", "ablations", "circuits", "tasks"}
-    names |= {f"substitute-{rule}" for rule in ("previous", "induction", "induction2")}
+    names = {"run", "summary", "ablations", "circuits", "tasks", "substitute-induction"}
     results = tmp_path / "results" / "smoke"
     assert {path.stem for path in (results / "2L").glob("*.json")} == names
     records = {path.stem for path in (results / "2L").glob("*.npz")}
