@@ -348,7 +348,8 @@ def main(argv=None):
     steps = [*measurements(args, scale, chosen), *drawings(args, scale, chosen)]
     schedule = Schedule(steps, runs / "times.json")
     for ending in signal.SIGTERM, signal.SIGHUP:  # end the command that runs, as control-C does
-        signal.signal(ending, signal.default_int_handler)
+        if signal.getsignal(ending) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(ending, signal.default_int_handler)
     try:
         for step in steps:
             schedule.carry_out(step)

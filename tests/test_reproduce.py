@@ -143,7 +143,7 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
-def start(*commands):
+def start(*commands, **options):
     """reproduce.py with these commands for its list; the output of each is its first argument."""
     program = f"""
 import sys
@@ -158,20 +158,25 @@ reproduce.measurements, reproduce.drawings = lambda *_: steps, lambda *_: []
 sys.exit(reproduce.main(["--scale", "smoke"]))
 """
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", program], **pipes)
+    return subprocess.Popen([sys.executable, "-c", program], **pipes, **options)
+
+
+def wait_for_the_slow_one(process):
+    deadline = time.time() + 60
+    while not (Path("pid").exists() and Path("pid").read_text()):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.01)
 
 
 COMMANDS = [f"{s}.py runs/smoke/2L/{s}.json" for s in ("quick", "slow", "train")]
 
 
-@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_list_goes_on_where_it_was_interrupted(workplace, ending):
     run = Path("runs/smoke/2L")
     run.mkdir(parents=True)
-    process, deadline = start(*COMMANDS), time.time() + 60
-    while not (Path("pid").exists() and Path("pid").read_text()):
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.01)
+    process = start(*COMMANDS)
+    wait_for_the_slow_one(process)
     process.send_signal(ending)
     out, error = process.communicate(timeout=60)
     assert process.returncode == 130 and error == ""
@@ -189,6 +194,16 @@ def test_the_list_goes_on_where_it_was_interrupted(workplace, ending):
     assert (run / "quick.json").read_text() == "x"
     assert set(json.loads(Path("runs/smoke/times.json").read_text())) == set(COMMANDS)
     assert Path("results/smoke/2L/slow.json").read_text() == "x"
+
+
+def test_under_nohup_a_hangup_ends_nothing(workplace):
+    Path("runs/smoke/2L").mkdir(parents=True)
+    process = start(*COMMANDS, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    wait_for_the_slow_one(process)
+    process.send_signal(signal.SIGHUP)
+    Path("go").touch()
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 0 and error == "" and "all 3 commands are done" in out
 
 
 def test_a_failing_command_ends_the_list(workplace):
