@@ -216,8 +216,8 @@ def measurements(args, scale, chosen):
     for run, flags, model in each(whole):
         how = f"--snapshots {scale.ablated} --examples {scale.ablation_examples}"
         records = (run / "ablations.npz", run / "ablations.json")
-        # of two heads a layer each on average needs the half of the layers behind it
-        ways = (scale.ablated + 4) * scale.ablation_examples * 512 * (1 + model.layers / 2)
+        # 0.8 ways through a model of one layer, 1.4 through one of two: each head is ablated
+        ways = (scale.ablated + 2) * scale.ablation_examples * 512 * (0.2 + 0.6 * model.layers)
         seconds = 10 + ways * model.seconds(scale)
         yield Step(f"ablate.py {run} {how} {flags}", records, seconds, holds='"answer"')
 
