@@ -211,9 +211,9 @@ def measurements(args, scale, chosen):
         seconds = 5 + model.seconds(scale) * (scale.snapshots + 2) * scale.examples * 512
         yield Step(f"evaluate.py {run} {how} {flags}", (run / "evaluation.npz",), seconds)
 
-    # the paper leaves its full-scale and its second-corpus models whole
-    whole = [model for model in chosen if not (model.books or model.d_model)]
-    for run, flags, model in each(whole):
+    # the paper does not open up its full-scale and its second-corpus models
+    opened = [model for model in chosen if not (model.books or model.d_model)]
+    for run, flags, model in each(opened):
         how = f"--snapshots {scale.ablated} --examples {scale.ablation_examples}"
         records = (run / "ablations.npz", run / "ablations.json")
         # 0.8 ways through a model of one layer, 1.4 through one of two: each head is ablated
@@ -221,20 +221,20 @@ def measurements(args, scale, chosen):
         seconds = 10 + ways * model.seconds(scale)
         yield Step(f"ablate.py {run} {how} {flags}", records, seconds, holds='"answer"')
 
-    for run, flags, model in each(whole):
+    for run, flags, model in each(opened):
         out = run / "circuits.json"
         command = f"circuits.py {run} --snapshots {scale.snapshots} --out {out} {flags}"
         yield Step(command, (out,), 5 + 0.2 * scale.snapshots * model.layers)
 
     steps = scale.tokens // scale.tokens_per_step
-    for run, flags, _ in each(whole):
+    for run, flags, _ in each(opened):
         last, out = run / "snapshots" / f"step_{steps:07d}.pt", run / "tasks.json"
         yield Step(f"tasks.py {last} --out {out} {flags}", (out,), 10)
 
-    for run, flags, _ in each(model for model in whole if model.name in PASSAGE):
+    for run, flags, _ in each(model for model in opened if model.name in PASSAGE):
         yield Step(f"passage.py {run} {flags}", (run / "passage.npz",), 20)
 
-    for run, flags, _ in each(model for model in whole if model.name in SUBSTITUTED):
+    for run, flags, _ in each(model for model in opened if model.name in SUBSTITUTED):
         last = run / "snapshots" / f"step_{steps:07d}.pt"
         for rule in scale.rules:
             out = run / f"substitute-{rule}.json"
