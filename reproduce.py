@@ -39,6 +39,7 @@ class Scale:
     examples: int  # that they are measured on; 0: training measured all of them on enough
     ablated: int  # snapshots whose heads are ablated
     ablation_examples: int  # on so many examples
+    rules: tuple[str, ...] = ("previous", "induction", "induction2")  # that replace patterns
     only: tuple[str, ...] = ()  # the models, if not all
 
 
@@ -54,7 +55,8 @@ SCALES = {
     # every kind of command once or twice, on too little to learn from
     "smoke": Scale(
         "mini", 4 * 8 * 512, 8 * 512, d_model=128, d_vocab=1024, widths=(),
-        snapshots=2, examples=8, ablated=2, ablation_examples=8, only=("2L", "1L-books"),
+        snapshots=5, examples=8, ablated=2, ablation_examples=8, rules=("induction",),
+        only=("2L", "1L-books"),
     ),
 }  # fmt: skip
 
@@ -106,11 +108,37 @@ SUBSTITUTED = ("2L",)  # models whose heads' patterns are replaced by rules
 
 ATTENTION_ONLY = "1L 2L 3L 4L 5L 6L"
 WITH_MLPS = "1L-mlp 2L-mlp 3L-mlp 4L-mlp 5L-mlp 6L-mlp"
+SMEARED = "1L 1L-smear 2L 2L-smear"
+SEEDS = "1L-1 1L-2 2L-1 2L-2"
+SMEARED_SEEDS = "1L-smear-1 1L-smear-2"
+BOOKS = "1L-books 1L-smear-books 2L-books"
+WIDTHS = "2L-d64 2L 2L-d192 2L-d256 2L-d384 2L-d1536"
 # name of the picture: its script in plots/ and flags; the runs that it shows, if they are there
 FIGURES = {
     "phase-change": ("phase_change.py", "1L 2L 1L-smear"),
     "phase-change-attention-only": ("phase_change.py", ATTENTION_ONLY),
     "phase-change-mlp": ("phase_change.py", WITH_MLPS),
+    "trajectories": ("trajectories.py", f"{ATTENTION_ONLY} {WITH_MLPS}"),
+    "trajectories-smear-books": ("trajectories.py", f"{SMEARED} {BOOKS}"),
+    "passage": ("passage.py", "2L"),
+    "passage-smear": ("passage.py", "1L-smear"),
+    "smear": ("smear.py", f"{SMEARED} {SEEDS} {SMEARED_SEEDS}"),
+    "ablations": ("ablations.py", ATTENTION_ONLY),
+    "ablations-mlp": ("ablations.py", WITH_MLPS),
+    "token-views-copying": ("token_views.py --view copying", "2L"),
+    "token-views-translation": ("token_views.py --view translation", "2L"),
+    "token-views-patterns": ("token_views.py --view patterns", "2L"),
+    "analysis-attention-only": ("analysis_table.py", ATTENTION_ONLY),
+    "analysis-mlp": ("analysis_table.py", WITH_MLPS),
+    "analysis-smear": ("analysis_table.py --rows R2,R3,R4,R5", SMEARED),
+    "analysis-books": ("analysis_table.py --rows R2,R3,R4,R5", BOOKS),
+    "sizes-depth": ("sizes.py", "2L 3L 4L 5L 6L"),
+    "sizes-width": ("sizes.py", WIDTHS),
+    "head-positions": ("head_positions.py", ATTENTION_ONLY),
+    "head-positions-mlp": ("head_positions.py", WITH_MLPS),
+    "head-positions-width": ("head_positions.py", WIDTHS),
+    "head-scatter": ("head_scatter.py", f"{ATTENTION_ONLY} {WITH_MLPS} {SMEARED} {WIDTHS}"),
+    "eigenvalues": ("eigenvalues.py", f"{ATTENTION_ONLY} {SEEDS}"),
 }
 
 
@@ -119,7 +147,7 @@ class Step:
     """A command as the README would give it, without `python`."""
 
     command: str
-    outputs: tuple[Path, ...]  # there when it is done
+    outputs: tuple[Path, ...]  # there when it is done; none: it only prints
     seconds: float  # to expect on two cores of an AMD EPYC
     holds: str = ""  # in the last output when it is done: ablate.py begins its own at once
     reads: tuple[Path, ...] = ()  # folders of records that no output may be older than
@@ -129,7 +157,7 @@ class Step:
         return self.command.split()[0]
 
     def done(self):
-        if not all(path.exists() for path in self.outputs):
+        if not (self.outputs and all(path.exists() for path in self.outputs)):
             return False
         if self.holds and self.holds not in self.outputs[-1].read_text():
             return False
@@ -183,32 +211,32 @@ def measurements(args, scale, chosen):
         seconds = 5 + model.seconds(scale) * (scale.snapshots + 2) * scale.examples * 512
         yield Step(f"evaluate.py {run} {how} {flags}", (run / "evaluation.npz",), seconds)
 
-    # the paper leaves its full-scale and its second-corpus models whole
-    whole = [model for model in chosen if not (model.books or model.d_model)]
-    for run, flags, model in each(whole):
+    # the paper does not open up its full-scale and its second-corpus models
+    opened = [model for model in chosen if not (model.books or model.d_model)]
+    for run, flags, model in each(opened):
         how = f"--snapshots {scale.ablated} --examples {scale.ablation_examples}"
         records = (run / "ablations.npz", run / "ablations.json")
-        # of two heads a layer each on average needs the half of the layers behind it
-        ways = (scale.ablated + 4) * scale.ablation_examples * 512 * (1 + model.layers / 2)
+        # 0.8 ways through a model of one layer, 1.4 through one of two: each head is ablated
+        ways = (scale.ablated + 2) * scale.ablation_examples * 512 * (0.2 + 0.6 * model.layers)
         seconds = 10 + ways * model.seconds(scale)
         yield Step(f"ablate.py {run} {how} {flags}", records, seconds, holds='"answer"')
 
-    for run, flags, model in each(whole):
+    for run, flags, model in each(opened):
         out = run / "circuits.json"
         command = f"circuits.py {run} --snapshots {scale.snapshots} --out {out} {flags}"
         yield Step(command, (out,), 5 + 0.2 * scale.snapshots * model.layers)
 
     steps = scale.tokens // scale.tokens_per_step
-    for run, flags, _ in each(whole):
+    for run, flags, _ in each(opened):
         last, out = run / "snapshots" / f"step_{steps:07d}.pt", run / "tasks.json"
         yield Step(f"tasks.py {last} --out {out} {flags}", (out,), 10)
 
-    for run, flags, _ in each(model for model in whole if model.name in PASSAGE):
+    for run, flags, _ in each(model for model in opened if model.name in PASSAGE):
         yield Step(f"passage.py {run} {flags}", (run / "passage.npz",), 20)
 
-    for run, flags, _ in each(model for model in whole if model.name in SUBSTITUTED):
+    for run, flags, _ in each(model for model in opened if model.name in SUBSTITUTED):
         last = run / "snapshots" / f"step_{steps:07d}.pt"
-        for rule in ("previous", "induction", "induction2"):
+        for rule in scale.rules:
             out = run / f"substitute-{rule}.json"
             how = f"--substitute {rule} --examples {min(150, scale.ablation_examples)}"
             yield Step(f"ablate.py {last} {how} --out {out} {flags}", (out,), 30)
@@ -220,17 +248,22 @@ def corpus_flags(data, vocabulary=None):
 
 
 def drawings(args, scale, chosen):
-    """The figures, from the copies of the records: they can be drawn again without the runs."""
+    """Figures, report and tables, from the copies of the records: they need no runs."""
     results, names = Path("results") / args.scale, {model.name for model in chosen}
     drawn = set()
     for name, (script, runs) in FIGURES.items():
-        folders = tuple(results / run for run in runs.split() if run in names)
-        if not folders or (scale.only and script in drawn):  # `smoke` draws one of each
+        folders = tuple(results / run for run in dict.fromkeys(runs.split()) if run in names)
+        kind = script.split()[0]
+        if not folders or (scale.only and kind in drawn):  # `smoke` draws one of each
             continue
-        drawn.add(script)
+        drawn.add(kind)
         out = results / "figures" / f"{name}.png"
         command = f"plots/{script} {' '.join(map(str, folders))} --out {out}"
         yield Step(command, (out,), 5, reads=folders)
+    everything = (*(results / name for name in sorted(names)), results / "figures")
+    out = results / "report.html"
+    yield Step(f"plots/report.py {results} --out {out}", (out,), 15, reads=everything)
+    yield Step(f"plots/tables.py {results}", (), 5)
 
 
 def copy_records(step, runs, results):
@@ -315,7 +348,8 @@ def main(argv=None):
     steps = [*measurements(args, scale, chosen), *drawings(args, scale, chosen)]
     schedule = Schedule(steps, runs / "times.json")
     for ending in signal.SIGTERM, signal.SIGHUP:  # end the command that runs, as control-C does
-        signal.signal(ending, signal.default_int_handler)
+        if signal.getsignal(ending) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(ending, signal.default_int_handler)
     try:
         for step in steps:
             schedule.carry_out(step)

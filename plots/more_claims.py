@@ -35,8 +35,8 @@ from plots.checks import (
     " labels of the same kind",
     paper="65 % for one head of a 13B model; copying 0.89, 0.20, 0.69 and prefix matching 0.75,"
     " 0.85, 0.94 for three",
-    figure="token-views",
-    command="plots/token_views.py {runs}/2L",
+    figure="token-views-patterns",
+    command="plots/token_views.py --view patterns {runs}/2L",
 )
 def fuzzy_matching(runs):
     models = having(small(runs), "tasks.json")
