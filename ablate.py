@@ -29,6 +29,7 @@ import metrics
 import substitute
 from attribution import QUANTITIES, Ablations
 from data import evaluation_rows
+from measure import N_CTX
 from parallel import Ranks
 from progress import PROGRESS_SECONDS
 from records import difference, read_json, read_records, write_json, write_records
@@ -187,7 +188,7 @@ def substitute_in_snapshot(args, ranks):
 def substitution_table(setup, model, heads):
     """A row for each of the heads, and one for all of them together."""
     args, ranks, n = setup.args, setup.ranks, setup.args.examples
-    rows = evaluation_rows(setup.corpus, evaluate.N_CTX, n + substitute.FIT_EXAMPLES)
+    rows = evaluation_rows(setup.corpus, N_CTX, n + substitute.FIT_EXAMPLES)
     measured, others = (
         [x[some].to(args.device) for x in rows] for some in (slice(n), slice(n, None))
     )

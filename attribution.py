@@ -8,6 +8,7 @@ import torch
 
 import evaluate
 import metrics
+from measure import N_CTX, ROWS_AT_ONCE, draw_examples, head_scores
 from parallel import Cores
 from progress import describe_machine
 from records import stack
@@ -34,9 +35,9 @@ class Ablations:
     def __init__(self, args, ranks, path):
         self.args, self.ranks, self.cores = args, ranks, Cores(args.device)
         self.corpus = evaluate.corpus_of(args, load_snapshot(path)[1]["corpus"], ranks)
-        self.examples = evaluate.draw_examples(self.corpus, args.examples).to(args.device)
+        self.examples = draw_examples(self.corpus, args.examples).to(args.device)
         model, _ = self.load(path)
-        self.table = evaluate.heads_table(evaluate.head_scores(model, self.examples, self.cores))
+        self.table = evaluate.heads_table(head_scores(model, self.examples, self.cores))
         self.sets = name_sets(self.table, args.heads)
         # the bands, which hold the paper's two positions, and each example's own
         self.scored = [n + 1 for n in self.examples.scored[0, :-1].tolist()]
@@ -133,11 +134,11 @@ class Ablations:
         config, device = model.config, self.at.device.type
         rows = [self.ranks.share(x) for x in (self.examples.inputs, self.examples.targets, self.at)]
         means = self.means(model, rows[0]) if self.args.mean else None
-        at_once = evaluate.ROWS_AT_ONCE[device]
+        at_once = ROWS_AT_ONCE[device]
         if not self.args.full:
             width = max(config.d_model, config.n_heads * config.d_head)
             # of one example: the clean run's q, k, z and residual stream, and what ablations end in
-            n_bytes = 4 * 4 * config.n_layers * evaluate.N_CTX * width
+            n_bytes = 4 * 4 * config.n_layers * N_CTX * width
             n_bytes += 4 * len(ablations) * self.at.shape[1] * config.d_model
             at_once = max(1, CHUNK_BYTES[device] // n_bytes)
 
@@ -163,7 +164,7 @@ class Ablations:
         """Mean results over the examples of all processes, of which inputs is this one's share:
         [layer, head, d_head].
         """
-        at_once = evaluate.ROWS_AT_ONCE[inputs.device.type]
+        at_once = ROWS_AT_ONCE[inputs.device.type]
 
         def total(inputs):
             return sum(mean_results(model, rows) * len(rows) for rows in inputs.split(at_once))

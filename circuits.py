@@ -43,12 +43,11 @@ from evaluate import (
     check_snapshots,
     choose_snapshots,
     corpus_of,
-    draw_examples,
-    head_scores,
     load_fitting,
     pick_device,
     snapshots_of,
 )
+from measure import draw_examples, head_scores
 from model import layer_norm_divisor
 from parallel import Cores, Ranks
 from records import write_json

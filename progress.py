@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import evaluate
+from measure import N_CTX
 from model import count_parameters
 
 PROGRESS_SECONDS = 15
@@ -93,7 +94,7 @@ def header(args, model, corpus, recipe, n_steps, n_snapshots, machine):
         f" {corpus.d_vocab:,}, sha256 {corpus.sha256[:12]}\n"
         f"training {n_steps:,} steps of {recipe.n_rows} x {config.n_ctx} tokens, seed {args.seed};"
         f" {n_snapshots} snapshots, measured on {recipe.n_examples:,} examples of"
-        f" {evaluate.N_CTX} tokens{whole}"
+        f" {N_CTX} tokens{whole}"
     )
 
 

@@ -24,6 +24,7 @@ import math
 import torch
 
 import evaluate
+from measure import ROWS_AT_ONCE
 from metrics import prefix_matching_keys
 from sweep import ablation, heads_in
 
@@ -87,7 +88,7 @@ def example_losses(model, examples, hook_for, cores, ranks):
 
     @torch.no_grad()
     def of_rows(inputs, targets):
-        at_once = evaluate.ROWS_AT_ONCE[inputs.device.type]
+        at_once = ROWS_AT_ONCE[inputs.device.type]
         rows = zip(inputs.split(at_once), targets.split(at_once), strict=True)
         return torch.cat([model.losses(*some, hook_for(some[0])).mean(dim=1) for some in rows])
 

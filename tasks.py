@@ -23,7 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluate import add_corpus_flags, corpus_of, load_fitting, logit_effect, pick_device
+from evaluate import add_corpus_flags, corpus_of, load_fitting, pick_device
+from measure import logit_effect
 from model import layer_norm_divisor
 from parallel import Ranks
 from records import write_json

@@ -24,6 +24,7 @@ import torch
 import evaluate
 from corpora import open_corpus
 from data import training_batch
+from measure import draw_examples, measure
 from model import SCALES, SERIES, Transformer, config_for, count_parameters
 from parallel import Cores, Ranks
 from progress import Clock, Progress, describe_machine, header
@@ -234,7 +235,7 @@ def train(args, ranks):
     tokens_per_step = recipe.n_rows * config.n_ctx
     n_steps = recipe.n_tokens // tokens_per_step
     schedule = set(snapshot_steps(n_steps, recipe.n_snapshots))
-    examples = evaluate.draw_examples(corpus, recipe.n_examples, recipe.whole).to(args.device)
+    examples = draw_examples(corpus, recipe.n_examples, recipe.whole).to(args.device)
     model = Transformer(config, args.kernels, dtype).init_weights(args.seed).to(args.device)
     parameters = list(model.parameters())
     optimizer = make_optimizer(parameters, recipe)
@@ -263,7 +264,7 @@ def train(args, ranks):
             tokens = step * tokens_per_step
             if step in schedule and not run.has_record_of(step):
                 with clock("evaluation"):
-                    record = evaluate.measure(model, examples, cores, ranks)
+                    record = measure(model, examples, cores, ranks)
                 stop_if_not_finite(record["loss"], run, step)
                 with clock("saving"):
                     run.write_snapshot(model, {"step": step, "tokens": tokens, **record})
@@ -292,13 +293,13 @@ def train(args, ranks):
         return 130
     with clock("evaluation"):
         ranks.wait()  # until the first process has written the last snapshot
-        examples = evaluate.draw_examples(corpus, recipe.n_final_examples, recipe.whole)
+        examples = draw_examples(corpus, recipe.n_final_examples, recipe.whole)
         examples = examples.to(args.device)
 
         def measure_again(index):
             path = run.snapshot_path(int(run.records[index]["step"]))
             saved, _ = load_snapshot(path, kernels=args.kernels, dtype=dtype)
-            return evaluate.measure(saved.to(args.device), examples, cores, ranks)
+            return measure(saved.to(args.device), examples, cores, ranks)
 
         shown = evaluate.summarise(run.records, measure_again)
     seconds = clock.read()

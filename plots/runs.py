@@ -35,7 +35,7 @@ PREFIX_MATCHING = 0.4  # metrics.INDUCTION_PREFIX_MATCHING, which needs torch
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One model's records. Arrays are [snapshot, ...]; their names are those of evaluate.measure
+    """One model's records. Arrays are [snapshot, ...]; their names are those of measure.py
     and attribution.py. What is missing raises BadInput when it is asked for.
     """
 

@@ -12,6 +12,7 @@ import torch
 
 import ablate
 import evaluate
+import measure
 import metrics
 from attribution import Ablations
 from model import ModelConfig, Transformer
@@ -74,7 +75,7 @@ def losses_with(model, examples, heads):
 
 def test_a_record_is_what_two_passes_and_the_definitions_say(snapshot, command, corpus):
     record = record_of(snapshot, command)
-    model, examples = make(0), evaluate.draw_examples(corpus, 6)
+    model, examples = make(0), measure.draw_examples(corpus, 6)
     clean = losses_with(model, examples, [])
     changes = {head: losses_with(model, examples, [head]) - clean for head in HEADS}
     expected = {
@@ -229,7 +230,7 @@ def test_a_run_is_ablated_with_its_before_and_after_vector(run, command, corpus,
     assert [int(r["step"]) for r in records] == sorted({0, 120, 240, *window})
     assert json.loads((run / "ablations.json").read_text())["answer"] in out
     # the vector and the dot product by hand, at the last snapshot
-    examples, own = evaluate.draw_examples(corpus, 6), []
+    examples, own = measure.draw_examples(corpus, 6), []
     model = make(0)
     for step in window:
         weights = torch.load(run / "snapshots" / f"step_{step:07d}.pt", weights_only=True)

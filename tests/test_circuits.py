@@ -12,8 +12,8 @@ import torch
 import circuits
 import metrics
 from circuits import Reading
-from evaluate import logit_effect
 from kernels.attention import smear_keys
+from measure import logit_effect
 from model import ModelConfig, Transformer, config_for, layer_norm_divisor
 from records import write_records
 from snapshots import save_snapshot

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import evaluate
+import measure
 from parallel import Cores
 from tests.circuits_by_hand import N_TOKENS, induction_circuit, smeared_induction_circuit
 
@@ -23,11 +24,11 @@ def examples():
     inputs, targets, repeated = text[:, :-1], text[:, 1:], np.hstack([start, np.tile(draws, 4)])
     inputs, targets, repeated, draws = map(torch.from_numpy, (inputs, targets, repeated, draws))
     scored = torch.arange(10)[:, None]
-    return evaluate.Examples(inputs, targets, 10, scored, inputs, targets, repeated, draws)
+    return measure.Examples(inputs, targets, 10, scored, inputs, targets, repeated, draws)
 
 
 def test_the_induction_circuit_scores_what_its_heads_do(examples):
-    scores = evaluate.head_scores(induction_circuit(), examples, ONE_CORE)
+    scores = measure.head_scores(induction_circuit(), examples, ONE_CORE)
     assert scores["prefix_matching"][1, 1] == pytest.approx(1, abs=1e-3)
     assert scores["copying"][1, 1] == pytest.approx(1, abs=1e-3)
     assert scores["previous_token"][0, 0] == pytest.approx(1, abs=1e-3)
@@ -50,19 +51,19 @@ def test_without_the_previous_token_head_there_is_no_induction(examples):
     model = induction_circuit()
     with torch.no_grad():
         model.blocks[0].attn.W_O.zero_()
-    assert evaluate.head_scores(model, examples, ONE_CORE)["prefix_matching"].max() < 0.05
+    assert measure.head_scores(model, examples, ONE_CORE)["prefix_matching"].max() < 0.05
 
 
 def test_smeared_keys_make_an_induction_head_of_one_layer(examples):
     model = smeared_induction_circuit()
-    scores = evaluate.head_scores(model, examples, ONE_CORE)
+    scores = measure.head_scores(model, examples, ONE_CORE)
     assert scores["prefix_matching"][0, 1] == pytest.approx(1, abs=1e-3)
     assert scores["own_key_share"][0].tolist() == pytest.approx([0.2689, 0.0], abs=1e-4)
     with torch.no_grad():
         model.blocks[0].attn.alpha.fill_(
             20.0
         )  # vanilla keys: the same head now finds the token itself
-    scores = evaluate.head_scores(model, examples, ONE_CORE)
+    scores = measure.head_scores(model, examples, ONE_CORE)
     assert scores["prefix_matching"].max() < 0.05
     assert scores["match_itself"][0, 1] > 0.5
 
@@ -71,7 +72,7 @@ def test_a_head_that_lowers_what_it_attends_to_does_not_copy(examples):
     model = induction_circuit()
     with torch.no_grad():
         model.blocks[1].attn.W_O[1] *= -1
-    scores = evaluate.head_scores(model, examples, ONE_CORE)
+    scores = measure.head_scores(model, examples, ONE_CORE)
     assert scores["copying"][1, 1] == pytest.approx(-1, abs=1e-3)
     assert scores["prefix_matching"][1, 1] == pytest.approx(1, abs=1e-3)
 

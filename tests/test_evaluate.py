@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
+import measure
 from model import Transformer, config_for
 from parallel import Cores, Ranks
 from records import read_records, write_records
@@ -35,12 +36,12 @@ def model():
 
 @pytest.fixture(scope="module")
 def examples(corpus):
-    return evaluate.draw_examples(corpus, 20)
+    return measure.draw_examples(corpus, 20)
 
 
 @pytest.fixture(scope="module")
 def record(model, examples):
-    return evaluate.measure(model, examples, Cores(CPU, 2), Ranks(CPU))
+    return measure.measure(model, examples, Cores(CPU, 2), Ranks(CPU))
 
 
 def test_losses_are_those_of_the_logits_row_by_row(model, examples, record):
@@ -60,18 +61,18 @@ def test_losses_are_those_of_the_logits_row_by_row(model, examples, record):
 
 
 def test_more_examples_begin_with_the_fewer(corpus, model, record):
-    more = evaluate.measure(model, evaluate.draw_examples(corpus, 30), Cores(CPU, 1), Ranks(CPU))
+    more = measure.measure(model, measure.draw_examples(corpus, 30), Cores(CPU, 1), Ranks(CPU))
     assert more["per_token_loss"][:20] == pytest.approx(record["per_token_loss"], abs=1e-4)
     assert np.array_equal(more["prefix_matching"], record["prefix_matching"])
 
 
 def test_a_share_of_the_examples_is_measured_at_every_position(corpus, model, record):
-    examples = evaluate.draw_examples(corpus, 20, whole=0.25)
-    partly = evaluate.measure(model, examples, Cores(CPU, 2), Ranks(CPU))
+    examples = measure.draw_examples(corpus, 20, whole=0.25)
+    partly = measure.measure(model, examples, Cores(CPU, 2), Ranks(CPU))
     for name in ("icl_score", "icl_score_error", "icl_band_score", "icl_band_score_error"):
         assert partly[name] == pytest.approx(record[name], abs=1e-4)
     assert partly["per_token_loss"] == pytest.approx(record["per_token_loss"], abs=1e-4)
-    whole = evaluate.measure(model, evaluate.draw_examples(corpus, 5), Cores(CPU, 1), Ranks(CPU))
+    whole = measure.measure(model, measure.draw_examples(corpus, 5), Cores(CPU, 1), Ranks(CPU))
     assert partly["loss"] == pytest.approx(whole["loss"], abs=1e-4)
     assert partly["loss_by_position"] == pytest.approx(whole["loss_by_position"], abs=1e-4)
 
@@ -100,7 +101,7 @@ def test_logit_effect_is_the_change_of_the_logits(model, examples):
         tokens, lambda name, layer, value: seen.setdefault((name, layer), value) is None or None
     )
     layer, head, row, key = 1, 1, 1, 6
-    effect = evaluate.logit_effect(model, layer, seen["v", layer], tokens)
+    effect = measure.logit_effect(model, layer, seen["v", layer], tokens)
     with torch.no_grad():
         contribution = seen["v", layer][row, head, key] @ model.blocks[layer].attn.W_O[head]
         centred = contribution - contribution.mean()
@@ -325,7 +326,7 @@ def test_a_vocabulary_of_another_size_is_refused(run, text_file, tmp_path, capsy
 
 def test_examples_need_a_spread():
     with pytest.raises(BadInput):
-        evaluate.draw_examples(None, 1)
+        measure.draw_examples(None, 1)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-import evaluate
+import measure
 import metrics
 from kernels.attention import (
     attention_and_lse,
@@ -125,11 +125,11 @@ def test_head_statistics_of_8192_tokens_take_no_pattern():
 @pytest.mark.parametrize("smear", [False, True])
 def test_a_snapshot_measures_the_same(corpus, smear):
     gpu = torch.device("cuda")
-    examples = evaluate.draw_examples(corpus, 20, whole=0.75).to(gpu)
+    examples = measure.draw_examples(corpus, 20, whole=0.75).to(gpu)
     records = []
     for kernels in ("torch", "triton"):
         model = Transformer(config_for("mini", 2, True, 1024, smear), kernels).init_weights(0)
-        records.append(evaluate.measure(model.to(gpu), examples, Cores(gpu), Ranks(gpu)))
+        records.append(measure.measure(model.to(gpu), examples, Cores(gpu), Ranks(gpu)))
     assert records[0].keys() == records[1].keys()
     for name, value in records[0].items():
         assert records[1][name] == pytest.approx(value, abs=2e-3), name
