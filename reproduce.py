@@ -45,8 +45,8 @@ class Scale:
 
 SCALES = {
     "mini": Scale(
-        "mini", 8_000_000, 8 * 512, d_model=128, d_vocab=1024, widths=(64, 192, 256),
-        snapshots=30, examples=400, ablated=12, ablation_examples=400,
+        "mini", 8_000_000, 8 * 512, d_model=128, d_vocab=1024, widths=(64, 192),
+        snapshots=24, examples=300, ablated=10, ablation_examples=200,
     ),
     "small": Scale(
         "small", 500_000_000, 128 * 1024, d_model=768, d_vocab=50257, widths=(384, 1536),
