@@ -27,6 +27,7 @@ ALLOWED = {
         "kernels",
         "snapshots",
         "records",
+        "measure",
     },
     "circuits": {
         "safety",
