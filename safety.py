@@ -27,12 +27,12 @@ class ArgumentParser(argparse.ArgumentParser):
         raise BadInput(f"{message} (--help lists the flags)")
 
 
-def one_line_errors(main):
+def one_line_errors(main, script=None):
     """Decorates a script's `main(argv) -> exit code`. `BadInput` and failures of the file system
     (missing, not writable, full) print one line and return 2; anything else is a bug and keeps
     its traceback.
     """
-    script = Path(main.__code__.co_filename).name
+    script = script or Path(main.__code__.co_filename).name
 
     @functools.wraps(main)
     def wrapped(argv=None):

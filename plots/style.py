@@ -108,8 +108,8 @@ def script(doc, draw, add_flags=lambda add: None):
 
     add_flags(add): more flags, which draw takes by name.
     """
+    name = Path(draw.__code__.co_filename).name
 
-    @one_line_errors
     def main(argv=None):
         parser = ArgumentParser(doc)
         add = parser.add_argument
@@ -122,8 +122,7 @@ def script(doc, draw, add_flags=lambda add: None):
         if out.suffix != ".png":
             raise BadInput(f"--out {out}: must end in .png")
         figure = draw([load_run(folder) for folder in runs], **flags)
-        name = Path(draw.__code__.co_filename).name
         caption(figure, shlex.join(["python", f"plots/{name}", *argv]))
         save(figure, out)
 
-    return main
+    return one_line_errors(main, script=name)

@@ -14,7 +14,7 @@ from pathlib import Path
 # `python plots/tables.py` puts plots/ on the path, not the folder above it
 sys.path.append(str(Path(__file__).parent.parent))
 
-from plots import claims, more_claims  # noqa: F401  they fill CLAIMS
+from plots import claims, claims_of_models  # noqa: F401  they fill CLAIMS
 from plots.checks import CLAIMS, verdict
 from plots.runs import load_all
 from safety import ArgumentParser, BadInput, one_line_errors, write_whole

@@ -20,7 +20,7 @@ import pytest
 import reproduce
 from corpora import documents_of
 from model import SCALES as SIZES
-from plots import claims, more_claims  # noqa: F401  they fill CLAIMS
+from plots import claims, claims_of_models  # noqa: F401  they fill CLAIMS
 from plots.checks import CLAIMS
 from reproduce import SCALES, Schedule, Step, drawings, measurements, models
 from safety import ArgumentParser
