@@ -100,7 +100,7 @@ def header(args, model, corpus, recipe, n_steps, n_snapshots, machine):
 
 def describe_machine(device, cores, world, dtype, kernels):
     """What a measured number has to travel with."""
-    name = f"{cpu_name()}, {cores.count} cores"
+    name = f"{cpu_name()}, {cores.count} core{'s' * (cores.count > 1)}"
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
     commit = None
