@@ -184,7 +184,8 @@ def training_turns(runs):
     deeper = by_name(deeper, lambda run: turns[run.name] if run.window else NONE)
     ones = {name: turns[name] for name in turns if name not in deeper}
     yield check("degrees", deeper, lambda angle: angle >= 45, ".0f")
-    yield check("one layer", ones, lambda x: all(x < other for other in deeper.values()), ".0f")
+    changed = [angle for angle in deeper.values() if not np.isnan(angle)]
+    yield check("one layer", ones, lambda angle: all(angle < other for other in changed), ".0f")
 
 
 # --- Argument 2: they come together when one of them is made easier
