@@ -92,8 +92,8 @@ def counted(numbers):
 
 
 def column_title(run):
-    layers, kind = run.title.split(", ", 1)
-    return f"{layers}, seed {run.seed}\n{kind}"
+    layers, kind, *more = run.title.split(", ")
+    return "\n".join([f"{layers}, seed {run.seed}", kind, *[", ".join(more)] * bool(more)])
 
 
 def not_available(ax, why):

@@ -73,7 +73,7 @@ def test_the_models_are_those_of_the_paper():
     series = {f"{n}L" for n in range(1, 7)} | {f"{n}L-mlp" for n in range(1, 7)}
     smeared, seeds = {"1L-smear", "2L-smear"}, {"1L-1", "1L-2", "2L-1", "2L-2"}
     others = {"1L-smear-1", "1L-smear-2", "1L-books", "2L-books", "1L-smear-books"}
-    assert set(names) == series | smeared | seeds | others | {"2L-d64", "2L-d192", "2L-d256"}
+    assert set(names) == series | smeared | seeds | others | {"2L-d64", "2L-d192"}
     assert len(names) == len(set(names))
 
 
@@ -169,6 +169,12 @@ def wait_for_the_slow_one(process):
         time.sleep(0.01)
 
 
+def hear():
+    """A process that was started in the background may have been told not to listen."""
+    for ending in signal.SIGINT, signal.SIGHUP:
+        signal.signal(ending, signal.SIG_DFL)
+
+
 COMMANDS = [f"{s}.py runs/smoke/2L/{s}.json" for s in ("quick", "slow", "train")]
 
 
@@ -176,7 +182,7 @@ COMMANDS = [f"{s}.py runs/smoke/2L/{s}.json" for s in ("quick", "slow", "train")
 def test_the_list_goes_on_where_it_was_interrupted(workplace, ending):
     run = Path("runs/smoke/2L")
     run.mkdir(parents=True)
-    process = start(*COMMANDS)
+    process = start(*COMMANDS, preexec_fn=hear)
     wait_for_the_slow_one(process)
     process.send_signal(ending)
     out, error = process.communicate(timeout=60)

@@ -158,6 +158,15 @@ def test_a_claim_of_which_a_part_is_not_recorded_is_reproduced_partly(tmp_path):
     assert judge("Q8", world) == "partly"
 
 
+def test_a_model_without_a_window_speaks_for_itself_alone(tmp_path):
+    world = make_world(tmp_path / "mini")
+    summary = json.loads((world / "3L" / "summary.json").read_text())
+    (world / "3L" / "summary.json").write_text(json.dumps(summary | {"phase_change": None}))
+    deeper, one_layer = BY_NAME["Q7"].judge(load_all(world))
+    assert [name for name, holds in deeper.holds.items() if not holds] == ["3L"]
+    assert all(one_layer.holds.values()) and one_layer.holds
+
+
 def test_a_head_in_the_first_half_of_a_deep_model(tmp_path):
     for layer, wanted in (11, "reproduced"), (12, "not reproduced"):
         make_run(tmp_path / str(layer) / "24L", GOOD | {"layer": layer}, 24)
