@@ -114,7 +114,7 @@ def describe_machine(device, cores, world, dtype, kernels):
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit,
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
 
