@@ -299,11 +299,15 @@ def snapshots_of(run):
     return paths
 
 
+def step_of(path):
+    return int(path.stem.removeprefix("step_"))
+
+
 def choose_snapshots(run, n_wanted):
     """Some snapshots of a run: n_wanted of them, evenly spaced from first to last, and those where
     its phase change starts and ends -> ({step: path}, the steps of those two, or ()).
     """
-    paths = {int(path.stem.split("_")[1]): path for path in snapshots_of(run)}
+    paths = {step_of(path): path for path in snapshots_of(run)}
     measurements = run / "measurements.npz"
     if not measurements.exists():
         raise BadInput(f"{run}: not measured yet: run python evaluate.py {run} first")

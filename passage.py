@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluate import add_corpus_flags, corpus_of, load_fitting, pick_device, snapshots_of
+from evaluate import add_corpus_flags, corpus_of, load_fitting, pick_device, snapshots_of, step_of
 from parallel import Ranks
 from records import read_json, stack, write_arrays
 from safety import ArgumentParser, BadInput, one_line_errors
@@ -39,10 +39,6 @@ from vocabulary import load_vocabulary
 
 # of a recorded attribution, nats: finer ones would record what untrained heads do at random
 SMALLEST_STEP = 0.02
-
-
-def step_of(path):
-    return int(path.stem.removeprefix("step_"))
 
 
 def pick_snapshots(steps, change):

@@ -112,7 +112,7 @@ SMEARED = "1L 1L-smear 2L 2L-smear"
 SEEDS = "1L-1 1L-2 2L-1 2L-2"
 SMEARED_SEEDS = "1L-smear-1 1L-smear-2"
 BOOKS = "1L-books 1L-smear-books 2L-books"
-WIDTHS = "2L-d64 2L 2L-d192 2L-d256 2L-d384 2L-d1536"
+WIDTHS = "2L-d64 2L 2L-d192 2L-d384 2L-d1536"
 # name of the picture: its script in plots/ and flags; the runs that it shows, if they are there
 FIGURES = {
     "phase-change": ("phase_change.py", "1L 2L 1L-smear"),
