@@ -113,7 +113,8 @@ SEEDS = "1L-1 1L-2 2L-1 2L-2"
 SMEARED_SEEDS = "1L-smear-1 1L-smear-2"
 BOOKS = "1L-books 1L-smear-books 2L-books"
 WIDTHS = "2L-d64 2L 2L-d192 2L-d384 2L-d1536"
-# name of the picture: its script in plots/ and flags; the runs that it shows, if they are there
+# name of the picture: its script in plots/ and flags; the runs that it shows, if they are there;
+# other runs that share the plane of its paths
 FIGURES = {
     "phase-change": ("phase_change.py", "1L 2L 1L-smear"),
     "phase-change-attention-only": ("phase_change.py", ATTENTION_ONLY),
@@ -128,8 +129,8 @@ FIGURES = {
     "token-views-copying": ("token_views.py --view copying", "2L"),
     "token-views-translation": ("token_views.py --view translation", "2L"),
     "token-views-patterns": ("token_views.py --view patterns", "2L"),
-    "analysis-attention-only": ("analysis_table.py", ATTENTION_ONLY),
-    "analysis-mlp": ("analysis_table.py", WITH_MLPS),
+    "analysis-attention-only": ("analysis_table.py", ATTENTION_ONLY, WITH_MLPS),
+    "analysis-mlp": ("analysis_table.py", WITH_MLPS, ATTENTION_ONLY),
     "analysis-smear": ("analysis_table.py --rows R2,R3,R4,R5", SMEARED),
     "analysis-books": ("analysis_table.py --rows R2,R3,R4,R5", BOOKS),
     "sizes-depth": ("sizes.py", "2L 3L 4L 5L 6L"),
@@ -250,16 +251,20 @@ def corpus_flags(data, vocabulary=None):
 def drawings(args, scale, chosen):
     """Figures, report and tables, from the copies of the records: they need no runs."""
     results, names = Path("results") / args.scale, {model.name for model in chosen}
+
+    def folders(some):
+        return tuple(results / run for run in dict.fromkeys(some.split()) if run in names)
+
     drawn = set()
-    for name, (script, runs) in FIGURES.items():
-        folders = tuple(results / run for run in dict.fromkeys(runs.split()) if run in names)
+    for name, (script, *runs) in FIGURES.items():
+        shown, in_plane = (folders(some) for some in (*runs, "")[:2])
         kind = script.split()[0]
-        if not folders or (scale.only and kind in drawn):  # `smoke` draws one of each
+        if not shown or (scale.only and kind in drawn):  # `smoke` draws one of each
             continue
         drawn.add(kind)
         out = results / "figures" / f"{name}.png"
-        command = f"plots/{script} {' '.join(map(str, folders))} --out {out}"
-        yield Step(command, (out,), 5, reads=folders)
+        words = [f"plots/{script}", *shown, *["--plane", *in_plane] * bool(in_plane), "--out", out]
+        yield Step(" ".join(map(str, words)), (out,), 5, reads=(*shown, *in_plane))
     everything = (*(results / name for name in sorted(names)), results / "figures")
     out = results / "report.html"
     yield Step(f"plots/report.py {results} --out {out}", (out,), 15, reads=everything)

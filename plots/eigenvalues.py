@@ -48,18 +48,7 @@ def draw(runs):
         ax.set(xlim=(-1, 1), ylim=(-1, 1), xticks=(-1, -0.5, 0, 0.5, 1))
     axes[0, 1].set_ylim(-0.04, 1)
     axes[0, 1].locator_params(axis="x", nbins=5)
-    handles = [
-        plt.Line2D(
-            [],
-            [],
-            marker="o",
-            ls="",
-            color=style.depth_colour(n),
-            mec="white",
-            label=f"{n} layer{'s' * (n > 1)}",
-        )  # fmt: skip
-        for n in sorted({run.n_layers for run in runs})
-    ]
+    handles = [style.depth_key(n) for n in sorted({run.n_layers for run in runs})]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
     style.caption(
         figure,

@@ -72,13 +72,7 @@ def draw_heads(ax, runs):
 def legend(runs):
     """A handle for every kind of model among them."""
     kinds = dict.fromkeys((run.series, run.n_layers) for run in sorted(runs, key=kind))
-    return [
-        plt.Line2D(
-            [], [], ls="", marker=MARKERS[series], color=style.depth_colour(n_layers), mec="white",
-            label=f"{n_layers} layer{'s' * (n_layers > 1)}, {series}",
-        )
-        for series, n_layers in kinds
-    ]  # fmt: skip
+    return [style.depth_key(n_layers, series, MARKERS[series]) for series, n_layers in kinds]
 
 
 def kind(run):

@@ -23,7 +23,7 @@ from plots.style import plt
 from plots.text import COLUMN, ROW, count_rows, draw_text, place, spell
 
 COLUMNS = {"Python": 66, "prose": 52}  # characters in a row of each passage
-MARGIN, GAP, TITLE, CURVES = 0.55, 0.6, 0.62, 2.1  # inches
+MARGIN, GAP, TITLE, LEGEND, CURVES = 0.55, 0.6, 0.62, 0.9, 2.1  # inches
 N_LISTED = 5
 LISTS = 2 * (N_LISTED + 1) * ROW
 EASIER, HARDER = "#2166ac", "#b2182b"  # the ends of the colour map
@@ -41,7 +41,7 @@ def draw(runs):
         max(count_rows(spell(run.passage[f"{name}_text"]), n) for name, n in COLUMNS.items())
         for run in runs
     ]
-    rest = TITLE + 0.9 + LISTS + CURVES + GAP  # all but the rows of text
+    rest = TITLE + 0.6 + LISTS + LEGEND + CURVES + GAP  # all but the rows of text
     width = 2 * MARGIN + GAP + sum(COLUMNS.values()) * COLUMN
     figure = plt.figure(figsize=(width, sum(n_rows) * ROW + len(runs) * rest + 0.5))
     top = 0
@@ -95,7 +95,7 @@ def draw_passage(figure, run, name, colours, left, top, n_rows):
     top += 0.6 + n_rows * ROW
     losses = np.nan_to_num(passage[f"{name}_loss"][passage["compared"]].astype(float))
     draw_list(place(figure, left, top, width, LISTS), spelled, losses, colours, n_columns)
-    draw_curves(place(figure, left, top + LISTS + 0.3, width, CURVES), run, name, spelled)
+    draw_curves(place(figure, left, top + LISTS + LEGEND, width, CURVES), run, name, spelled)
 
 
 def mark_rows(ax, spelled, n_columns, start, label):
@@ -167,7 +167,10 @@ def draw_curves(ax, run, name, spelled):
     style.shade_phase_change(ax, run)
     ax.set(xlabel="training tokens (millions)", xlim=(0, None), ylim=(0, 14))
     ax.set_ylabel("loss of the token (nats)")
-    ax.legend(loc="upper right", title="thin: other words of the passage", title_fontsize=8)
+    ax.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), alignment="left", borderaxespad=0.2,
+        title="thin: other words of the passage", title_fontsize=8,
+    )  # fmt: skip
 
 
 main = style.script(__doc__, draw)

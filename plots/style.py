@@ -47,6 +47,14 @@ def depth_colour(n_layers):
     return DEPTH_COLOURS[min(n_layers, len(DEPTH_COLOURS)) - 1]
 
 
+def depth_key(n_layers, kind="", marker="o"):
+    """What a legend shows for models of that depth and kind, drawn as points."""
+    return plt.Line2D(
+        [], [], ls="", marker=marker, color=depth_colour(n_layers), mec="white",
+        label=f"{n_layers} layer{'s' * (n_layers > 1)}" + f", {kind}" * bool(kind),
+    )  # fmt: skip
+
+
 def shade_phase_change(ax, run):
     """Marks the stretch of training in which in-context learning appears, if the run has one."""
     if run.window:

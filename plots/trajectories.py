@@ -20,6 +20,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 from plots import style
 from plots.style import plt
+from safety import BadInput
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,8 @@ def losses_through_training(run):
     untrained model.
     """
     trained = run.evaluation["tokens"] > 0
+    if trained.sum() < 2:
+        raise BadInput(f"{run.folder}: a path needs two snapshots of the trained model, or more")
     losses = run.evaluation["per_token_loss"][trained].astype(np.float64)
     return run.evaluation["tokens"][trained] / 1e6, losses
 

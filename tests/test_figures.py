@@ -278,6 +278,15 @@ def test_other_runs_take_part_in_the_plane_unseen(tmp_path):
     style.plt.close(figure)
 
 
+def test_a_path_of_one_snapshot_is_one_line(one, tmp_path, capsys):
+    short = {name: values[:2] for name, values in one.measurements.items()}  # one is untrained
+    np.savez(one.folder / "measurements.npz", **short)
+    out = tmp_path / "f.png"
+    assert trajectories.main([str(one.folder), "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "two snapshots" in error and not out.exists()
+
+
 def test_an_unknown_row_is_one_line(one, tmp_path, capsys):
     out = tmp_path / "f.png"
     assert analysis_table.main([str(one.folder), "--rows", "R2,R10", "--out", str(out)]) == 2

@@ -102,7 +102,7 @@ def test_the_figures_that_claims_point_to_are_in_the_list():
     assert len(CLAIMS) > 10
     for claim in CLAIMS:
         if claim.figure:
-            script, _ = reproduce.FIGURES[claim.figure]
+            script = reproduce.FIGURES[claim.figure][0]
             assert claim.command.startswith(f"plots/{script} ")
 
 
