@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels.attention import attention, attention_pattern
+from kernels.attention import attention, attention_pattern, watched_attention
 from kernels.cross_entropy import linear_cross_entropy
 from safety import BadInput
 
@@ -176,6 +176,8 @@ class Attention(nn.Module):
         q, k, v = touch("q", q), touch("k", k), touch("v", per_head(x, self.W_V))
         if touch.pattern:  # somebody is looking: it has to exist
             z = touch("pattern", attention_pattern(q, k, self.alpha, self.windows, at)) @ v
+        elif touch.tiles:
+            z = watched_attention(q, k, v, touch.watch, self.alpha, self.windows)
         else:
             z = attention(q, k, v, self.alpha, self.windows, kernels, at)
         return sum_over_heads(touch("z", z), self.W_O)
@@ -223,7 +225,9 @@ class Transformer(nn.Module):
     Both take `hook(name, layer, value)`, called on resid_pre, ln1_scale, q, k, v, pattern, z,
     resid_mid, ln2_scale, mlp_out and resid_post of every layer and on ln_final_scale and
     resid_final: what it returns replaces the value, None keeps it. (The scale of a LayerNorm is
-    what it divides by.) Without a hook, or with `pattern=False`, no pattern exists in memory.
+    what it divides by.) Without a hook, or with `pattern=False`, no pattern exists in memory; with
+    `pattern="tiles"` the hook sees it in passing, as "pattern_tile": (first query, pattern of some
+    queries), which it cannot replace.
 
     Both take `at` [batch, n]: the positions at which the answer is wanted, [batch, n, ...]. The
     last layer then has queries only there, and the unembedding rows.
@@ -326,7 +330,11 @@ def sum_over_heads(z, W_O):
 
 
 def _normalise(ln, resid, name, touch):
-    return ln(resid) if touch.hook is None else ln(resid, touch(name, layer_norm_divisor(resid)))
+    if touch.hook is None:
+        return ln(resid)
+    divisor = layer_norm_divisor(resid)
+    touched = touch(name, divisor)
+    return ln(resid) if touched is divisor else ln(resid, touched)
 
 
 def _rows(x, at):
@@ -337,12 +345,16 @@ def _rows(x, at):
 class _Touch:
     """The user's `hook(name, layer, value)`, which may return nothing, as `touch(name, value)`.
 
-    pattern: does it look at the attention pattern?
+    pattern: does it look at the attention pattern? tiles: in passing?
     """
 
     def __init__(self, hook, layer, pattern):
         self.hook, self.layer = hook, layer
-        self.pattern = pattern and hook is not None
+        self.tiles = hook is not None and pattern == "tiles"
+        self.pattern = hook is not None and pattern is True
+
+    def watch(self, first_query, tile):
+        self("pattern_tile", (first_query, tile))
 
     def __call__(self, name, value):
         replacement = self.hook and self.hook(name, self.layer, value)

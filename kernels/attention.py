@@ -99,19 +99,14 @@ def _scores(q, k, windows, at=None):
     return scores.add_(torch.where(visible(at, k.shape[-2], windows), 0.0, float("-inf")))
 
 
-def previous_token_attention(q, k, alpha=None, windows=None):
-    """What each head spends on the token before the query, a mean over batch and queries: [head].
-
-    The diagonal below the main one of `attention_pattern`, which exists here for one tile of rows
-    at a time.
+@torch.no_grad()
+def watched_attention(q, k, v, watch, alpha=None, windows=None):
+    """`attention` that shows its pattern on the way: watch(first query, pattern [batch, head,
+    query, key up to the last of these queries]), one tile of queries at a time. No gradient.
     """
     if alpha is not None:
         k = smear_keys(k, alpha)
-    batch, n_heads, n_ctx, _ = q.shape
-    total = 0
-    for start, _, pattern in _patterns(q.flatten(0, 1), k.flatten(0, 1), windows):
-        total += pattern.diagonal(start - 1, dim1=1, dim2=2).sum(dim=1)
-    return total.view(batch, n_heads).mean(dim=0) / (n_ctx - 1)
+    return _tiled(q, k, v, windows, watch)
 
 
 def smear_keys(k, alpha):
@@ -258,21 +253,17 @@ class _TiledAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, windows, wanted):
-        shape = q.shape
-        q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # [batch * head, pos, d_head]
-        z = torch.empty_like(v)
         patterns = []
-        for start, stop, pattern in _patterns(q, k, windows):
-            _multiply(pattern, v[:, :stop], out=z[:, start:stop])
-            if wanted:
-                patterns.append(pattern)
+        z = _tiled(q, k, v, windows, lambda start, tile: patterns.append(tile) if wanted else None)
         ctx.save_for_backward(q, k, v, *patterns)
-        return z.view(shape)
+        return z
 
     @staticmethod
     def backward(ctx, grad):
         q, k, v, *patterns = ctx.saved_tensors
-        shape, scale, grad = grad.shape, q.shape[2] ** -0.5, grad.reshape(q.shape)
+        shape, scale = grad.shape, q.shape[-1] ** -0.5
+        q, k, v, grad = (x.flatten(0, 1) for x in (q, k, v, grad))  # [batch * head, pos, d_head]
+        patterns = [pattern.flatten(0, 1) for pattern in patterns]
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for (start, stop), pattern in zip(_tiles(q.shape[1]), patterns, strict=True):
             rows, keys = slice(start, stop), slice(stop)
@@ -284,6 +275,17 @@ class _TiledAttention(torch.autograd.Function):
             _multiply(dscores, k[:, keys], out=dq[:, rows], scale=scale)
             _multiply(dscores.transpose(1, 2), q[:, rows], dk[:, keys], scale, add=True)
         return dq.view(shape), dk.view(shape), dv.view(shape), None, None
+
+
+def _tiled(q, k, v, windows, watch):
+    """z [batch, head, pos, d_head]; watch as in `watched_attention`."""
+    shape = q.shape
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    z = torch.empty_like(v)
+    for start, stop, pattern in _patterns(q, k, windows):
+        watch(start, pattern.view(*shape[:2], *pattern.shape[1:]))
+        _multiply(pattern, v[:, :stop], out=z[:, start:stop])
+    return z.view(shape)
 
 
 def _patterns(q, k, windows):
@@ -309,13 +311,13 @@ def _multiply(a, b, out, scale=1.0, add=False):
 def _mask(scores, start, stop, windows):
     """-inf to what the rows start..stop may not see. scores [batch * head, row, key up to stop]."""
     if windows is None:  # only the diagonal tile has hidden keys
-        scores[:, :, start:] += _later_keys(stop - start)
+        scores[:, :, start:] += _later_keys(stop - start, scores.device)
     else:
-        hidden = ~visible(torch.arange(start, stop)[None], stop, windows)
+        hidden = ~visible(torch.arange(start, stop, device=scores.device)[None], stop, windows)
         scores.view(-1, *hidden.shape[1:]).masked_fill_(hidden, float("-inf"))
 
 
 @functools.cache
-def _later_keys(n):
+def _later_keys(n, device):
     """-inf above the diagonal, 0 elsewhere."""
-    return torch.full((n, n), float("-inf")).triu(1)
+    return torch.full((n, n), float("-inf"), device=device).triu(1)

@@ -13,11 +13,10 @@ from kernels.attention import (
     attention_pattern,
     attention_reference,
     frozen_attention,
-    previous_token_attention,
     smear_keys,
     visible,
+    watched_attention,
 )
-from metrics import previous_token_score
 
 
 def inputs(n_ctx, d_head=16, n_heads=3, batch=2, seed=0, dtype=torch.float32):
@@ -136,14 +135,24 @@ def test_queries_may_stand_anywhere(windows, alpha):
 @pytest.mark.parametrize("windows", [None, (1, 2, 1000)], ids=["full", "local"])
 @pytest.mark.parametrize("alpha", [None, torch.tensor([-2.0, 0.3, 2.0])], ids=["plain", "smeared"])
 @pytest.mark.parametrize("n_ctx", [2, 128, 300])
-def test_attention_to_the_previous_token_is_what_the_pattern_says(n_ctx, windows, alpha):
-    q, k, _ = (x.detach() for x in inputs(n_ctx))
+def test_a_watcher_sees_the_whole_pattern_tile_by_tile(n_ctx, windows, alpha):
+    q, k, v = (x.detach() for x in inputs(n_ctx))
     pattern = attention_pattern(q, k, alpha, windows)
-    by_hand = sum(pattern[:, :, i, i - 1].mean(dim=0) for i in range(1, n_ctx)) / (n_ctx - 1)
-    actual = previous_token_attention(q, k, alpha, windows)
-    assert torch.allclose(actual, by_hand, atol=1e-6)
-    assert torch.allclose(actual, previous_token_score(pattern), atol=1e-6)
-    assert (actual[0] == 0) == (windows is not None)  # a window of 1 holds the query alone
+    seen = torch.zeros_like(pattern)
+
+    def watch(first, tile):
+        assert not seen[:, :, first:].any()
+        seen[:, :, first : first + tile.shape[2], : tile.shape[3]] = tile
+
+    z = watched_attention(q, k, v, watch, alpha, windows)
+    assert torch.allclose(z, attention(q, k, v, alpha, windows), atol=1e-6)
+    assert torch.allclose(seen, pattern, atol=1e-6)
+
+
+@pytest.mark.parametrize("windows", [None, (1, 5, 1000)], ids=["full", "local"])
+def test_tiles_are_on_the_device_of_the_queries(windows):
+    q, k, v = (x.detach().to("meta") for x in inputs(140))
+    assert watched_attention(q, k, v, lambda first, tile: None, windows=windows).is_meta
 
 
 @pytest.mark.parametrize("windows", [None, (1, 5, 1000)], ids=["full", "local"])

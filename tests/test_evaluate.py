@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import evaluate
 import measure
+import metrics
 from model import Transformer, config_for
 from parallel import Cores, Ranks
 from records import read_records, write_records
@@ -108,6 +109,19 @@ def test_logit_effect_is_the_change_of_the_logits(model, examples):
         logits = (centred * model.ln_final.w) @ model.unembed["W_U"]
         expected = (logits - logits.mean())[tokens[row]]
     assert torch.allclose(effect[row, head, key], expected, atol=1e-4)
+
+
+def test_previous_token_score_of_the_model_is_that_of_its_patterns(model, examples, record):
+    patterns = []
+
+    def look(name, layer, value):
+        if name == "pattern":
+            patterns.append(value)
+
+    with torch.no_grad():
+        model.residual(examples.text, look)
+    expected = torch.stack([metrics.previous_token_score(pattern) for pattern in patterns])
+    assert record["previous_token"] == pytest.approx(expected.numpy(), abs=1e-5)
 
 
 def test_copying_score_of_the_model_by_brute_force(model, examples, record):

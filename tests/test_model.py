@@ -78,6 +78,35 @@ def test_a_hook_need_not_look_at_the_pattern(config):
 
 
 @each_variant
+def test_a_hook_sees_the_pattern_in_passing(config):
+    model = make(config)
+    patterns, tiles = {}, {}
+
+    def look(name, layer, value):
+        if name == "pattern":
+            patterns[layer] = value
+        if name == "pattern_tile":
+            tiles.setdefault(layer, []).append(value)
+
+    with torch.no_grad():
+        model(tokens(), look)
+        passing = model(tokens(), look, pattern="tiles")
+        assert torch.allclose(passing, model(tokens()), atol=1e-4)
+    for layer, pattern in patterns.items():
+        for first, tile in tiles[layer]:
+            rows = pattern[:, :, first : first + tile.shape[2]]
+            assert torch.allclose(tile, rows[..., : tile.shape[3]], atol=1e-5)
+        assert sum(tile.shape[2] for _, tile in tiles[layer]) == pattern.shape[2]
+
+
+@each_variant
+def test_a_hook_that_only_looks_changes_no_bit(config):
+    model = make(config)
+    looked = model(tokens(), lambda name, layer, x: None, pattern=False)
+    assert torch.equal(looked, model(tokens()))
+
+
+@each_variant
 def test_losses_at_some_positions_are_those_of_all(config):
     model, targets = make(config), tokens().roll(-1, 1)
     at = torch.tensor([[0, 149, 7, 7], [148, 3, 2, 1]])
