@@ -139,8 +139,9 @@ def difference(before, now):
     )
 
 
-def write_json(path, content):
-    write_whole(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
+def write_json(path, content, indent=1):
+    text = json.dumps(content, indent=indent) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text))
 
 
 def read_json(path):

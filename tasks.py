@@ -436,7 +436,7 @@ def main(argv=None):
             "translation": translated,
             "pattern_matching": matching,
         }
-        write_json(args.out, record)
+        write_json(args.out, record, indent=None)  # thousands of edges
         print(f"-> {args.out}")
 
 
