@@ -67,8 +67,8 @@ class Progress:
 
     def after_snapshot(self):
         change = evaluate.find_phase_change(self.records)
-        # two snapshots later the smoothed score no longer changes
-        if change and not self.announced and change[1] < len(self.records) - 3:
+        # four snapshots later the smoothed score no longer changes
+        if change and not self.announced and change[1] < len(self.records) - 5:
             start, end = (self.records[n] for n in change)
             self.announced = True
             self.say(
