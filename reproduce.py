@@ -84,10 +84,10 @@ class Model:
         return " ".join([*parts, f"--seed {self.seed}"])
 
     def seconds(self, scale):
-        """That two cores need for one token's way through it: at 36e9 multiply-adds a second."""
+        """That two cores need for one token's way through it: at 41e9 multiply-adds a second."""
         d_model = self.d_model or scale.d_model
         layer = 4 * d_model**2 + 512 * d_model + self.mlp * 8 * d_model**2
-        return (d_model * scale.d_vocab + self.layers * layer) / 36e9
+        return (d_model * scale.d_vocab + self.layers * layer) / 41e9
 
 
 def models(scale):
