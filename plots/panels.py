@@ -196,9 +196,10 @@ def draw_heads(ax, run, shown):
     for layer, head in np.ndindex(scores.shape[1:]):
         colour, label = style.depth_colour(layer + 1), f"layer {layer}"
         ax.plot(run.millions, scores[:, layer, head], color=colour, lw=1.2, label=label)
-    best = run.summary["best_prefix_matching"]
+    name = run.summary["best_prefix_matching"]["head"]
+    beneath = scores[-15:, *map(int, name.split(":"))].max()  # its curve, where the name stands
     ax.annotate(
-        best["head"], (run.millions[-1], best["score"]), xytext=(0, 5), ha="right", va="bottom",
+        name, (run.millions[-1], beneath), xytext=(0, 2), ha="right", va="bottom",
         textcoords="offset points",
     )  # fmt: skip
     ax.set_ylim(0, 1)
