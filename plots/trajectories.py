@@ -141,7 +141,7 @@ def draw_path(ax, run, plane, others=()):
     points = plane.project(losses)
     if run.window:
         first, last = (np.abs(millions - edge).argmin() for edge in run.window)
-        ax.plot(*points[first : last + 1].T, color=style.WINDOW_COLOUR, lw=7, zorder=1)
+        ax.plot(*points[first : last + 1].T, color=style.WINDOW_COLOUR, lw=7, alpha=0.45, zorder=1)
         for name, edge in ("A", first), ("B", last):
             ax.annotate(
                 name, points[edge], xytext=(9, -4), textcoords="offset points", weight="bold"
