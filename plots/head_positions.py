@@ -65,7 +65,7 @@ def draw_heads(ax, run):
     ax.set_xticks([start + n_heads / 2 for start in starts], range(run.n_layers))
     ax.set_xlim(-0.5, run.n_layers * n_heads - 0.5)
     ax.tick_params(axis="x", length=0)
-    ax.set_xlabel(f"layer, {n_heads} heads each")
+    ax.set_xlabel(f"layer, {n_heads} head{'s' * (n_heads > 1)} each")
 
 
 main = style.script(__doc__, draw)
