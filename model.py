@@ -227,7 +227,7 @@ class Transformer(nn.Module):
     resid_final: what it returns replaces the value, None keeps it. (The scale of a LayerNorm is
     what it divides by.) Without a hook, or with `pattern=False`, no pattern exists in memory; with
     `pattern="tiles"` the hook sees it in passing, as "pattern_tile": (first query, pattern of some
-    queries), which it cannot replace.
+    queries), which it cannot replace; not together with `at`.
 
     Both take `at` [batch, n]: the positions at which the answer is wanted, [batch, n, ...]. The
     last layer then has queries only there, and the unembedding rows.
@@ -272,6 +272,8 @@ class Transformer(nn.Module):
         n_ctx = tokens.shape[1]
         if n_ctx > self.config.n_ctx:
             raise BadInput(f"{n_ctx} tokens do not fit the model's context of {self.config.n_ctx}")
+        if pattern == "tiles" and at is not None:
+            raise ValueError("tiles are of the pattern of all queries: leave `at` out")
         positions = self.positions[:n_ctx].to(self.dtype)
         resid = F.embedding(tokens, self.embed["W_E"])
         last = len(self.blocks) - 1

@@ -254,7 +254,12 @@ class _TiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, windows, wanted):
         patterns = []
-        z = _tiled(q, k, v, windows, lambda start, tile: patterns.append(tile) if wanted else None)
+
+        def keep(start, pattern):
+            if wanted:
+                patterns.append(pattern)
+
+        z = _tiled(q, k, v, windows, keep)
         ctx.save_for_backward(q, k, v, *patterns)
         return z
 

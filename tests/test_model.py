@@ -99,6 +99,11 @@ def test_a_hook_sees_the_pattern_in_passing(config):
         assert sum(tile.shape[2] for _, tile in tiles[layer]) == pattern.shape[2]
 
 
+def test_tiles_are_refused_where_queries_are_chosen():
+    with pytest.raises(ValueError, match="leave `at` out"):
+        make(SMALL).residual(tokens(), lambda *_: None, "tiles", at=torch.tensor([[3], [5]]))
+
+
 @each_variant
 def test_a_hook_that_only_looks_changes_no_bit(config):
     model = make(config)
