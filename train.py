@@ -94,7 +94,8 @@ def parse_args(argv):
     add("--smear", action="store_true", help="smear the keys with the previous token's")
     add("--scale", choices=SCALES, help="sizes and tokens (default: small on a GPU, else mini)")
     add("--d-model", type=int, help="width (default: the scale's)")
-    add("--heads", type=int, help="heads a layer (default: as many as d_model has 64s)")
+    add("--heads", type=int, help="heads a layer (default: as many as fill d_model)")
+    add("--d-head", type=int, help="size of a head (default: d_model / --heads, else 64)")
     add("--model", choices=SERIES, metavar="NAME", help=f"instead of these: {', '.join(SERIES)}")
     # the data
     add("--data", default="python", help="python, fineweb, or a path of text or token shards")
@@ -112,7 +113,8 @@ def parse_args(argv):
     args.device = evaluate.pick_device(args.device)
     args.kernels = evaluate.pick_kernels(args.kernels, args.device)
     if args.model:
-        if args.scale or args.layers or args.attn_only or args.smear or args.d_model or args.heads:
+        sizes = (args.layers, args.attn_only, args.smear, args.d_model, args.heads, args.d_head)
+        if args.scale or any(sizes):
             raise BadInput(
                 "--model names a whole model of the paper: leave out the other flags for its sizes"
             )
@@ -128,13 +130,15 @@ def model_config(args, d_vocab):
         return dataclasses.replace(SERIES[args.model], d_vocab=d_vocab)
     config = config_for(args.scale, args.layers, args.attn_only, d_vocab, args.smear)
     d_model = config.d_model if args.d_model is None else args.d_model
-    heads = max(1, d_model // config.d_head) if args.heads is None else args.heads
-    if heads < 1 or d_model % heads:
-        raise BadInput(f"--d-model {d_model} cannot be divided among {heads} heads")
+    heads, d_head = args.heads, args.d_head
+    if heads is None:
+        heads = max(1, d_model // (d_head or config.d_head))
+    if d_head is None:
+        if heads < 1 or d_model % heads:
+            raise BadInput(f"--d-model {d_model} cannot be divided among {heads} heads")
+        d_head = d_model // heads
     d_mlp = 0 if args.attn_only else 4 * d_model
-    return dataclasses.replace(
-        config, d_model=d_model, n_heads=heads, d_head=d_model // heads, d_mlp=d_mlp
-    )
+    return dataclasses.replace(config, d_model=d_model, n_heads=heads, d_head=d_head, d_mlp=d_mlp)
 
 
 def training_recipe(args, n_ctx, world):
@@ -160,6 +164,7 @@ def default_name(args):
     parts = [args.model or f"{args.scale}-{args.layers}-layer"]
     parts += ["attn-only"] * args.attn_only + ["smear"] * args.smear
     parts += [f"d{args.d_model}"] * bool(args.d_model) + [f"h{args.heads}"] * bool(args.heads)
+    parts += [f"e{args.d_head}"] * bool(args.d_head)
     parts += [Path(args.data).stem] * (args.data != "python")
     parts += [f"lr-{args.lr}"] * bool(args.lr) + [f"tokens-{args.tokens}"] * bool(args.tokens)
     return "-".join([*parts, f"seed-{args.seed}"])

@@ -279,6 +279,26 @@ def test_a_full_disk_is_one_line_and_leaves_whole_files(workplace, text_file):
     assert not list(run.rglob("*.partial")) and not list(run.rglob("*.pt"))
 
 
+# the model that flags ask for
+
+
+@pytest.mark.parametrize(
+    "flags, d_model, heads, d_head",
+    [
+        ("", 128, 2, 64),
+        ("--d-model 192", 192, 3, 64),
+        ("--d-model 64", 64, 1, 64),
+        ("--heads 4", 128, 4, 32),
+        ("--d-head 32", 128, 4, 32),
+        ("--heads 4 --d-head 64", 128, 4, 64),  # heads need not fill the width
+        ("--d-model 64 --heads 2 --d-head 64", 64, 2, 64),
+    ],
+)
+def test_heads_fill_the_width_unless_both_are_given(flags, d_model, heads, d_head):
+    config = train.model_config(train.parse_args(["--scale", "mini", *flags.split()]), 1024)
+    assert (config.d_model, config.n_heads, config.d_head) == (d_model, heads, d_head)
+
+
 # what it refuses
 
 
@@ -291,6 +311,8 @@ def test_a_full_disk_is_one_line_and_leaves_whole_files(workplace, text_file):
         (["--layers", "two"], "invalid int"),
         (["--heads", "3"], "cannot be divided"),
         (["--heads", "0"], "cannot be divided"),
+        (["--d-head", "0"], "d_head is 0"),
+        (["--heads", "0", "--d-head", "64"], "n_heads is 0"),
         (["--d-model", "0"], "d_model is 0"),
         (["--scale", "huge"], "invalid choice"),
         (["--model", "full-1T"], "invalid choice"),
