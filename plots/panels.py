@@ -264,11 +264,13 @@ def draw_attribution(ax, run, name):
             ax.plot(millions, total, ":", color=colour, lw=1.4, label=f"{kind}, sum")
     ax.margins(y=0.15)  # room for names
     clear = [head for head in classes if abs(effects[-1, *head]) > 3 * errors[-1, *head]]
-    for layer, head in sorted(clear, key=lambda head: -abs(effects[-1, *head]))[:2]:
-        colour = style.CLASS_COLOURS[classes[layer, head]]
+    largest = sorted(clear, key=lambda head: -abs(effects[-1, *head]))[:2]
+    upper_first = sorted(largest, key=lambda head: -effects[-1, *head])
+    for (layer, head), (va, points) in zip(upper_first, (("bottom", 3), ("top", -3)), strict=False):
         ax.annotate(
-            f"{layer}:{head}", (millions[-1], effects[-1, layer, head]), xytext=(-2, 3), ha="right",
-            va="bottom", textcoords="offset points", color=colour,
+            f"{layer}:{head}", (millions[-1], effects[-1, layer, head]), xytext=(-2, points),
+            textcoords="offset points", ha="right", va=va,
+            color=style.CLASS_COLOURS[classes[layer, head]],
         )  # fmt: skip
     style.shade_phase_change(ax, run)
 
