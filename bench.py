@@ -228,14 +228,16 @@ def check_gradient(config, recipe, corpus, cores):
 
 def ablation_flops(config, scored):
     """Operations for one example, matrix products only, attention counted causal: (a forward pass,
-    the mean pattern-preserving ablation of one head in the sweep, its share of the clean run
-    included).
+    two passes for one ablation, the mean ablation of one head in the sweep, its share of the clean
+    run included). All ablations keep the patterns.
     """
     n_ctx, n_layers, n_heads = config.n_ctx, config.n_layers, config.n_heads
     d_model, width = config.d_model, config.n_heads * config.d_head
     projection, mixing = 2 * d_model * width, width * (n_ctx + 1)  # for each position
     mlp, unembedding = 4 * d_model * config.d_mlp, 2 * d_model * config.d_vocab
-    forward = n_ctx * (n_layers * (4 * projection + 2 * mixing + mlp) + unembedding)
+    residual = n_ctx * n_layers * (4 * projection + 2 * mixing + mlp)
+    forward = residual + n_ctx * unembedding
+    two_passes = residual + forward  # the first is over when all patterns are known
     last = scored * (2 * n_ctx * n_heads * d_model + 2 * projection + mlp)
     clean = n_ctx * ((n_layers - 1) * (4 * projection + 2 * mixing + mlp) + projection) + last
     ablations = scored * (2 * d_model * config.d_head + mlp)  # of the last layer
@@ -244,7 +246,7 @@ def ablation_flops(config, scored):
         ablations += n_ctx * (2 * d_model * config.d_head + mlp)
         ablations += between * n_ctx * (2 * projection + mixing + mlp) + last
     mean = ablations / n_layers + clean / (n_layers * n_heads) + scored * unembedding
-    return forward, mean
+    return forward, two_passes, mean
 
 
 def transformer_lens_twin(model):
@@ -330,8 +332,8 @@ def bench_ablate(seconds):
                 call(head)
                 times[name].append((time.perf_counter() - tick) / len(tokens))
         times["sweep"] = [every / len(heads) for every in times["sweep"]]
-        forward, ablated = ablation_flops(config, at.shape[1])
-        flops = {"sweep": ablated, "forward pass": forward, "two passes with hooks": 2 * forward}
+        forward, two_passes, ablated = ablation_flops(config, at.shape[1])
+        flops = {"sweep": ablated, "two passes with hooks": two_passes}
         base = np.median(times["sweep"])
         for name, each in times.items():
             p20, median, p80 = np.percentile(each, [20, 50, 80])
