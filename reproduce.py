@@ -80,7 +80,10 @@ class Model:
     @property
     def flags(self):
         parts = [f"--layers {self.layers}"] + ["--attn-only"] * (not self.mlp)
-        parts += ["--smear"] * self.smear + [f"--d-model {self.d_model}"] * bool(self.d_model)
+        parts += ["--smear"] * self.smear
+        if self.d_model:  # with one head a layer there is no induction circuit
+            heads = max(2, self.d_model // 64)
+            parts.append(f"--d-model {self.d_model} --heads {heads} --d-head 64")
         return " ".join([*parts, f"--seed {self.seed}"])
 
     def seconds(self, scale):

@@ -24,7 +24,7 @@ from plots import claims, claims_of_models  # noqa: F401  they fill CLAIMS
 from plots.checks import CLAIMS
 from reproduce import SCALES, Schedule, Step, drawings, measurements, models
 from safety import ArgumentParser
-from train import RECIPES
+from train import RECIPES, model_config, parse_args
 from vocabulary import END_OF_TEXT, PYTHON_1024
 
 ROOT = Path(__file__).parent.parent
@@ -75,6 +75,14 @@ def test_the_models_are_those_of_the_paper():
     others = {"1L-smear-1", "1L-smear-2", "1L-books", "2L-books", "1L-smear-books"}
     assert set(names) == series | smeared | seeds | others | {"2L-d64", "2L-d192"}
     assert len(names) == len(set(names))
+
+
+def test_no_model_has_fewer_heads_than_the_circuit_takes():
+    for scale in SCALES.values():
+        for model in models(scale):
+            args = parse_args(["--scale", scale.name, *shlex.split(model.flags)])
+            config = model_config(args, scale.d_vocab)
+            assert config.n_heads >= 2 and config.d_head == 64, model.name
 
 
 @pytest.mark.parametrize("scale", SCALES)
