@@ -308,7 +308,7 @@ def test_ablated_heads_have_the_colour_of_their_class_and_its_sum(two):
             *attribution[:, layer].T.tolist(),
             attribution[:, layer].sum(axis=1).tolist(),
         ]
-    assert texts(axes[1, 0]) == "0:1 1:0"  # change most at the end, but for 0:0, which is unclear
+    assert texts(axes[1, 0]) == "1:0 0:1"  # change most at the end, but for 0:0, which is unclear
     bands = [band.get_paths()[0].vertices[:, 1] for band in axes[1, 0].collections]
     assert np.isin((attribution[:, 1, 0] + 0.01).round(6), np.round(bands, 6)).all()
     assert "1,200 for ablations" in figure.get_supxlabel()
