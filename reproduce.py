@@ -39,6 +39,7 @@ class Scale:
     examples: int  # that they are measured on; 0: training measured all of them on enough
     ablated: int  # snapshots whose heads are ablated
     ablation_examples: int  # on so many examples
+    in_training: int = 0  # examples that training measures on; 0: train.py's own
     rules: tuple[str, ...] = ("previous", "induction", "induction2")  # that replace patterns
     only: tuple[str, ...] = ()  # the models, if not all
 
@@ -55,8 +56,8 @@ SCALES = {
     # every kind of command once or twice, on too little to learn from
     "smoke": Scale(
         "mini", 4 * 8 * 512, 8 * 512, d_model=128, d_vocab=1024, widths=(),
-        snapshots=5, examples=8, ablated=2, ablation_examples=8, rules=("induction",),
-        only=("2L", "1L-books"),
+        snapshots=5, examples=8, ablated=2, ablation_examples=8, in_training=8,
+        rules=("induction",), only=("2L", "1L-books"),
     ),
 }  # fmt: skip
 
@@ -203,8 +204,9 @@ def measurements(args, scale, chosen):
         for model in some:
             yield runs / model.name, second_text if model.books else text, model
 
+    few = f" --examples {scale.in_training}" * bool(scale.in_training)
     for run, flags, model in each(chosen):
-        sizes = f"--scale {scale.name} --tokens {scale.tokens} {model.flags}"
+        sizes = f"--scale {scale.name} --tokens {scale.tokens} {model.flags}{few}"
         records = (run / "run.json", run / "measurements.npz", run / "summary.json")
         # back is twice the way; measuring 89 snapshots takes a fifth of the time
         seconds = 10 + 3 * 1.25 * model.seconds(scale) * scale.tokens

@@ -104,6 +104,7 @@ def parse_args(argv):
     # the training
     add("--tokens", type=int, help="tokens to train on (default: the scale's)")
     add("--lr", type=float, help="learning rate (default: the scale's)")
+    add("--examples", type=int, help="that all snapshots are measured on (default: the scale's)")
     add("--out", type=Path, help="folder of the run (default: runs/ and a name made of the flags)")
     add("--resume", action="store_true", help="go on with the run that the same command began")
     # the machine
@@ -148,6 +149,9 @@ def training_recipe(args, n_ctx, world):
         recipe = dataclasses.replace(recipe, n_tokens=args.tokens)
     if args.lr is not None:
         recipe = dataclasses.replace(recipe, learning_rate=args.lr)
+    if args.examples is not None:
+        few = {"n_examples": args.examples, "n_final_examples": args.examples}
+        recipe = dataclasses.replace(recipe, **few)
     if recipe.n_tokens < recipe.n_rows * n_ctx:
         raise BadInput(
             f"--tokens {recipe.n_tokens}: one step alone is {recipe.n_rows * n_ctx:,} tokens"

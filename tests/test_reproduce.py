@@ -18,14 +18,13 @@ from pathlib import Path
 import pytest
 
 import reproduce
-from corpora import documents_of
 from model import SCALES as SIZES
 from plots import claims, claims_of_models  # noqa: F401  they fill CLAIMS
 from plots.checks import CLAIMS
 from reproduce import SCALES, Schedule, Step, drawings, measurements, models
 from safety import ArgumentParser
 from train import RECIPES, model_config, parse_args
-from vocabulary import END_OF_TEXT, PYTHON_1024
+from vocabulary import PYTHON_1024
 
 ROOT = Path(__file__).parent.parent
 
@@ -268,22 +267,10 @@ def test_the_time_left_follows_what_the_same_script_took(tmp_path):
 # all of it
 
 
-def prose(text_file, path):
-    """A small text of which enough is held out for the 400 examples that training ends with."""
-    lines, separator = f"{text_file.read_text()}\n", f"{END_OF_TEXT}\n"
-    path.write_text(separator.join(lines.replace("def", f"def {n}") for n in range(12)))
-    documents = list(documents_of(path))
-    kept = [text for held_out, text in documents if held_out]
-    kept += [text for held_out, text in documents if not held_out][:100]
-    path.write_text(separator.join(kept))
-    return path
-
-
 def test_the_whole_paper_on_next_to_nothing(text_file, tmp_path):
     """The scale `smoke`, as a stranger would run it."""
-    text = prose(text_file, tmp_path / "nonsense.txt")
-    script = str(ROOT / "reproduce.py")
-    data = ["--data", str(text), "--vocabulary", PYTHON_1024, "--second-corpus", str(text)]
+    script, text = str(ROOT / "reproduce.py"), str(text_file)
+    data = ["--data", text, "--vocabulary", PYTHON_1024, "--second-corpus", text]
     command = [sys.executable, script, "--scale", "smoke", *data]
     # on one core, so that its time can be told, whatever else the machine does
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

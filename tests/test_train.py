@@ -299,6 +299,14 @@ def test_heads_fill_the_width_unless_both_are_given(flags, d_model, heads, d_hea
     assert (config.d_model, config.n_heads, config.d_head) == (d_model, heads, d_head)
 
 
+def test_flags_change_the_recipe_in_what_they_name():
+    given = {"--tokens": 5_000_000, "--lr": 1e-3, "--examples": 30}
+    args = train.parse_args(["--scale", "mini", *(str(x) for pair in given.items() for x in pair)])
+    changed = {"n_tokens": 5_000_000, "learning_rate": 1e-3, "n_examples": 30}
+    expected = dataclasses.replace(train.RECIPES["mini"], **changed, n_final_examples=30)
+    assert train.training_recipe(args, n_ctx=512, world=1) == expected
+
+
 # what it refuses
 
 
@@ -321,6 +329,8 @@ def test_heads_fill_the_width_unless_both_are_given(flags, d_model, heads, d_hea
         (["--tokens", "100"], "one step alone"),
         (["--tokens", "-5"], "one step alone"),
         (["--lr", "0"], "must be positive"),
+        (["--examples", "1"], "at least 2"),
+        (["--examples", "1000000"], "holds out only"),
         (["--device", "cuda"], "no GPU"),
         (["--kernels", "triton"], "run on a GPU"),
         (["--data", "nowhere.txt"], "no such file"),
