@@ -173,14 +173,14 @@ def all_cases():
     what windows and smeared keys add.
     """
     windows = (5, 100)
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
         name = str(dtype).removeprefix("torch.")
         yield f"loss {name}", functools.partial(loss, dtype)
         for d_head in (16, 32, 64, 128):
             of = functools.partial(functools.partial, d_head=d_head, dtype=dtype, windows=windows)
             yield f"{name} {d_head} windows smeared", of(attention, smear=True)
             yield f"{name} {d_head} windows recorded", of(recorded)
-            if d_head >= 64 and dtype == torch.bfloat16:
+            if d_head >= 64 and dtype != torch.float32:
                 yield f"{name} {d_head} windows fused smear", of(fused_smear)
                 yield f"{name} {d_head}", of(attention, windows=None)
 
