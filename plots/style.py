@@ -71,7 +71,9 @@ def save(figure, path):
     """Writes the .png whole or not at all, closes the figure, says where it is."""
     drawn = io.BytesIO()
     figure.savefig(drawn, bbox_inches="tight", format="png")
-    image = Image.open(drawn).convert("RGB")  # an eighth smaller: nothing in it is transparent
+    image = Image.open(drawn).convert("RGB")
+    palette = image.quantize(256, Image.Quantize.FASTOCTREE)
+    image = image.quantize(palette=palette)  # dithered: looks the same at less than half the size
     write_whole(path, lambda temporary: image.save(temporary, "png", optimize=True))
     plt.close(figure)
     print(f"-> {path}")
