@@ -1,6 +1,11 @@
 """A corpus small enough for tests: documents that repeat their own words, as real text does."""
 
+import os
 import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +28,26 @@ def text_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "nonsense.txt"
     path.write_text(f"\n{END_OF_TEXT}\n".join(document(rng) for _ in range(300)))
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def smoke(request, tmp_path_factory):
+    """`reproduce.py --scale smoke` as a stranger would run it: (process, its folder). It takes a
+    minute, so it starts before all tests and runs beside them, on one core.
+    """
+    if not any("at_the_scale_smoke" in item.name for item in request.session.items):
+        yield None
+        return
+    folder, text = tmp_path_factory.mktemp("smoke"), request.getfixturevalue("text_file")
+    script = Path(__file__).parent.parent / "reproduce.py"
+    flags = f"--scale smoke --data {text} --vocabulary {PYTHON_1024} --second-corpus {text}"
+    with open(folder / "stdout", "w") as out, open(folder / "stderr", "w") as err:
+        process = subprocess.Popen(
+            [sys.executable, script, *flags.split()],
+            cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=out, stderr=err,
+        )  # fmt: skip
+    yield process, folder
+    process.send_signal(signal.SIGINT)
 
 
 @pytest.fixture(scope="session")
