@@ -16,6 +16,8 @@ from kernels.attention import (
     head_statistics,
     index_attention,
 )
+from model import ModelConfig, Transformer
+from sweep import sweep
 
 ALPHA, WINDOWS = torch.tensor([-1.0, 0.5]), (5, 1000)
 
@@ -159,3 +161,23 @@ def test_these_tests_notice_a_planted_fault(monkeypatch, name, fault):
         compare_frozen(60, 2, ALPHA, WINDOWS)
     with pytest.raises(AssertionError):
         test_head_statistics_are_the_scores_of_the_explicit_pattern(90, 63, ALPHA, WINDOWS)
+
+
+@pytest.mark.parametrize("smear", [False, True], ids=["plain", "smeared"])
+def test_the_sweep_of_a_gpu_is_that_of_the_cpu(smear):
+    """Ablations of heads of three layers, with MLPs, windows and chosen positions."""
+    config = ModelConfig(3, 32, 2, 16, 64, 40, 50, smear=smear, windows=(5, 40))
+    tokens = torch.randint(50, (2, 41), generator=torch.Generator().manual_seed(4))
+    at = torch.tensor([[3, 39, 20], [3, 39, 7]])
+    heads = [[], *([(layer, head)] for layer in range(3) for head in range(2))]
+    losses = []
+    for kernels in ("torch", "triton"):
+        model = Transformer(config, kernels).init_weights(0)
+        with torch.no_grad():
+            for block in model.blocks:  # large enough for every head to matter
+                block.attn.W_V.mul_(5)
+                block.attn.W_O.mul_(5)
+            losses.append(sweep(model, tokens[:, :-1], tokens[:, 1:], at, heads))
+    cpu, gpu = losses
+    assert (cpu[1:] - cpu[0]).abs().amax(dim=(1, 2)).min() > 1e-3
+    assert torch.allclose(cpu, gpu, atol=1e-5)
