@@ -78,8 +78,9 @@ def save_tensors(content, path):
 
 def load_tensors(path):
     """What `save_tensors` wrote; anything but tensors and plain values, like code, is BadInput."""
-    if not zipfile.is_zipfile(path):
-        raise BadInput(f"{path}: damaged, cut short, or not written by train.py")
+    with open(path, "rb") as file:  # a file that is not there says so itself
+        if not zipfile.is_zipfile(file):
+            raise BadInput(f"{path}: damaged, cut short, or not written by train.py")
     try:
         with zipfile.ZipFile(path) as file:
             stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in file.infolist())
