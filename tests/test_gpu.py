@@ -14,6 +14,7 @@ import torch
 
 import measure
 import metrics
+from data import evaluation_rows
 from kernels.attention import (
     attention_and_lse,
     attention_pattern,
@@ -24,6 +25,7 @@ from kernels.attention import (
 )
 from model import Transformer, config_for
 from parallel import Cores, Ranks
+from sweep import sweep
 from tests.test_attention import (
     assert_as_exact_as_the_reference,
     inputs,
@@ -133,6 +135,20 @@ def test_a_snapshot_measures_the_same(corpus, smear):
     assert records[0].keys() == records[1].keys()
     for name, value in records[0].items():
         assert records[1][name] == pytest.approx(value, abs=2e-3), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("smear", [False, True])
+def test_the_sweep_is_that_of_the_cpu(corpus, smear):
+    inputs, targets = evaluation_rows(corpus, 512, 4)
+    at = torch.tensor([49, 499, 299]).expand(4, -1)
+    heads = [[], [(0, 0)], [(1, 1)], [(0, 1), (2, 0)]]
+    losses = []
+    for device, kernels in ("cpu", "torch"), ("cuda", "triton"):
+        model = Transformer(config_for("mini", 3, False, 1024, smear), kernels).init_weights(0)
+        rows = (x.to(device) for x in (inputs, targets, at))
+        losses.append(sweep(model.to(device), *rows, heads).cpu())
+    torch.testing.assert_close(*losses, atol=1e-3, rtol=0)
 
 
 @pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="needs compute-sanitizer")
