@@ -114,8 +114,8 @@ def parse_args(argv):
     args.device = evaluate.pick_device(args.device)
     args.kernels = evaluate.pick_kernels(args.kernels, args.device)
     if args.model:
-        sizes = (args.layers, args.attn_only, args.smear, args.d_model, args.heads, args.d_head)
-        if args.scale or any(sizes):
+        sizes = (args.scale, args.layers, args.d_model, args.heads, args.d_head)
+        if args.attn_only or args.smear or any(size is not None for size in sizes):
             raise BadInput(
                 "--model names a whole model of the paper: leave out the other flags for its sizes"
             )

@@ -326,6 +326,7 @@ def test_flags_change_the_recipe_in_what_they_name():
         (["--model", "full-1T"], "invalid choice"),
         (["--model", "full-13M", "--smear"], "whole model"),
         (["--model", "full-13M", "--layers", "2"], "whole model"),
+        (["--model", "full-13M", "--heads", "0"], "whole model"),
         (["--tokens", "100"], "one step alone"),
         (["--tokens", "-5"], "one step alone"),
         (["--lr", "0"], "must be positive"),
