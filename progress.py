@@ -103,19 +103,30 @@ def describe_machine(device, cores, world, dtype, kernels):
     name = f"{cpu_name()}, {cores.count} core{'s' * (cores.count > 1)}"
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
-    commit = None
-    if shutil.which("git"):
-        describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
-        commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None
     return {
         "device": name if world == 1 else f"{world} processes of {name}",
         "dtype": str(dtype).removeprefix("torch."),
         "kernels": kernels,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": commit,
+        "commit": commit_of(Path(__file__).parent),
         "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+def commit_of(folder):
+    """The commit that is checked out there; "-dirty" if anything but results/ has changed since.
+    None if that cannot be known.
+    """
+
+    def git(*arguments):
+        command = ["git", "-C", folder, *arguments]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    if not shutil.which("git") or not (name := git("describe", "--always").stdout.strip()):
+        return None
+    unchanged = git("diff", "--quiet", "HEAD", "--", ".", ":!results").returncode == 0
+    return name if unchanged else f"{name}-dirty"
 
 
 def cpu_name():

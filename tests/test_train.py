@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import torch
 
 import train
 from corpora import open_corpus
+from progress import commit_of
 from records import RunFolder, read_records
 from snapshots import load_snapshot
 from train import RECIPES, snapshot_steps
@@ -137,6 +139,23 @@ def test_a_run_leaves_its_records(workplace, text_file, capsys):
     assert made["machine"]["kernels"] == "torch" and made["machine"]["dtype"] == "float32"
     out = capsys.readouterr().out
     assert "1 layer" in out and str(run.name) in out.splitlines()[-1]
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_a_commit_is_dirty_if_code_was_changed_but_not_if_results_were(tmp_path):
+    assert commit_of(tmp_path) is None
+    code, result = tmp_path / "code.py", tmp_path / "results" / "record.json"
+    result.parent.mkdir()
+    for path in code, result:
+        path.write_text("before")
+    author = ["-c", "user.name=A", "-c", "user.email=a@b.c"]
+    for command in (["init"], ["add", "."], [*author, "commit", "-m", "first"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True, capture_output=True)
+    clean = commit_of(tmp_path)
+    result.write_text("after")
+    assert commit_of(tmp_path) == clean
+    code.write_text("after")
+    assert commit_of(tmp_path) == f"{clean}-dirty"
 
 
 def test_the_same_seed_gives_the_same_losses_and_another_seed_others(workplace, text_file):
