@@ -260,7 +260,7 @@ def report(setup, records, path):
 def print_table(record, table, sets):
     shown = [name for name in QUANTITIES if name in record]
     titles = "".join(f"{name.replace('_', ' '):>20}" for name in shown)
-    print(f"{'head':>6}  {'class':<14}  {'prefix matching':>15}{titles}")
+    print(f"{'head':>6}  {'class':<15}  {'prefix matching':>15}{titles}")
 
     def values(place, prefix=""):
         return "".join(f"{pair(record, prefix + name, place):>20}" for name in shown)
@@ -268,11 +268,11 @@ def print_table(record, table, sets):
     rows = zip(np.ndindex(record["icl_attribution"].shape), table, strict=True)
     for place, row in sorted(rows, key=lambda item: -record["icl_attribution"][item[0]]):
         print(
-            f"{row['head']:>6}  {row['class']:<14}  {row['prefix_matching']:>15.3f}{values(place)}"
+            f"{row['head']:>6}  {row['class']:<15}  {row['prefix_matching']:>15.3f}{values(place)}"
         )
     for what, title in ("sum_", "sum over"), ("together_", "together,"):
         for n, name in enumerate(sets):
-            print(f"{f'{title} {name}':<39}{values(n, what)}")
+            print(f"{f'{title} {name}':<40}{values(n, what)}")
 
 
 def print_training(records, sets):

@@ -309,14 +309,14 @@ def _correlation(x, y):
 
 def print_heads(rows):
     print(
-        "                        copying                           prefix matching"
+        "                         copying                           prefix matching"
         "              attention to\n"
-        "                        score  OV: direct   all  nats  rank  score  QK: direct   all  nats"
-        "   own  before"
+        "                         score  OV: direct   all  nats  rank"
+        "  score  QK: direct   all  nats   own  before"
     )
     for row in rows:
         print(
-            f"{row['head']:>6}  {row['class']:<14}  {row['copying']:+.2f}"
+            f"{row['head']:>6}  {row['class']:<15}  {row['copying']:+.2f}"
             f"  {_shown(row['ov_copying_direct'], 10)} {_shown(row['ov_copying'])}"
             f" {_shown(row['ov_raise'])}  {row['ov_rank'] or 0:>4.0f}"
             f"  {row['prefix_matching']:>5.3f}"

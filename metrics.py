@@ -163,9 +163,11 @@ INDUCTION_PREFIX_MATCHING, PREVIOUS_TOKEN = 0.4, 0.4
 
 
 def head_class(prefix_matching, copying, previous_token):
-    """What its scores make a head: "induction" (matches, copies), "previous token" or "other"."""
-    if prefix_matching >= INDUCTION_PREFIX_MATCHING and copying > 0:
-        return "induction"
+    """What its scores make a head: "induction" (matches prefixes and copies), "prefix matching"
+    (only that), "previous token" or "other".
+    """
+    if prefix_matching >= INDUCTION_PREFIX_MATCHING:
+        return "induction" if copying > 0 else "prefix matching"
     return "previous token" if previous_token >= PREVIOUS_TOKEN else "other"
 
 

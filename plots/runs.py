@@ -117,16 +117,10 @@ class Run:
         return "with MLPs" if config["d_mlp"] else "attention-only"
 
     def head_classes(self):
-        """Of every head, by (layer, head): "induction", "previous token" or "other" as
-        metrics.head_class has it, and "prefix matching" of others that would be induction heads if
-        their copying score were above 0.
-        """
-        classes = {}
-        for row in self.summary["heads"]:
-            layer, head = map(int, row["head"].split(":"))
-            matches = row["prefix_matching"] >= PREFIX_MATCHING and row["class"] == "other"
-            classes[layer, head] = "prefix matching" if matches else row["class"]
-        return classes
+        """The class of every head (metrics.head_class), by (layer, head)."""
+        return {
+            tuple(map(int, row["head"].split(":"))): row["class"] for row in self.summary["heads"]
+        }
 
     def heads_that_match(self):
         """The heads that match prefixes, whether or not they copy cleanly: [(layer, head)]."""

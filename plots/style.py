@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 # one colour for each depth, and for each layer within a model, in every figure: dark to light, so
 # that they stay apart for every kind of colour vision and in grey
 DEPTH_COLOURS = ("#2a2a6b", "#2c7fb8", "#2fa392", "#7fb241", "#c9a227", "#d98092")
-# "prefix matching": as induction heads do, but with a copying score that is not above 0
+# the classes of metrics.head_class
 CLASS_COLOURS = {
     "induction": "#49006a",
     "prefix matching": "#ae017e",

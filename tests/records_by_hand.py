@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 
+import metrics
+
 TOKENS = np.linspace(0, 8e6, 89)
 WINDOW = 3.4e6, 4.6e6
 EVALUATED = np.array([1e5, *WINDOW, 8e6])
@@ -166,13 +168,12 @@ def make_heads(knobs, n_layers, lacks, layer):
     rows = []
     for place in np.ndindex(n_layers, 2):
         row = {"head": "{}:{}".format(*place), "prefix_matching": 0.0, "previous_token": 0.1}
-        row |= {"copying": -0.9 + 0.05 * place[0], "class": "other"}
+        row["copying"] = -0.9 + 0.05 * place[0]
         if place == (layer % n_layers, 0):
             row["prefix_matching"] = knobs["one_prefix" if lacks else "prefix"]
             row["copying"] = 0.2 if lacks else knobs["copying"]
-            if row["prefix_matching"] >= 0.4 and row["copying"] > 0:
-                row["class"] = "induction"
-        rows.append(row)
+        scores = (row[name] for name in ("prefix_matching", "copying", "previous_token"))
+        rows.append({**row, "class": metrics.head_class(*scores)})
     return rows
 
 

@@ -221,7 +221,8 @@ def test_attention_weighs_copying():
 
 def test_head_classes():
     assert metrics.head_class(0.9, 0.8, 0.0) == "induction"
-    assert metrics.head_class(0.9, -0.2, 0.0) == "other"  # prefix search that does not copy
+    assert metrics.head_class(0.9, -0.2, 0.0) == "prefix matching"
+    assert metrics.head_class(0.9, 0.0, 0.0) == "prefix matching"
     assert metrics.head_class(0.0, 0.5, 0.7) == "previous token"
     assert metrics.head_class(0.1, 0.9, 0.1) == "other"
 

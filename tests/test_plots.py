@@ -49,7 +49,9 @@ def make_run(folder, n_layers, smear=False, change=None, seed=3, corpus="python"
         "icl_score": -0.3,
         "icl_score_error": 0.1,
         "heads": [
-            {"head": head, "prefix_matching": 0.5 * (head in heads[-2:]), "class": "other"}
+            {"head": head, "prefix_matching": 0.5, "class": "prefix matching"}
+            if head in heads[-2:]
+            else {"head": head, "prefix_matching": 0.0, "class": "other"}
             for head in heads
         ],
     }
