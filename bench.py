@@ -423,7 +423,7 @@ def main(argv=None):
     )
     args = parser.parse_args(argv)
     device = CPU if args.what in CPU_BENCHES else evaluate.pick_device(None)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = evaluate.pick_dtype(device)
     kernels = evaluate.pick_kernels(None, device)
     machine = describe_machine(device, Cores(CPU), 1, dtype, kernels)
     print(f"{machine['device']}, torch {machine['torch']}, commit {machine['commit']}", flush=True)

@@ -9,6 +9,7 @@ score, loss by position, the per-token loss vector and three scores for each hea
 made one of each snapshot as it took it (measure.py); here more examples can be had.
 """
 
+import importlib.util
 import sys
 import time
 from pathlib import Path
@@ -182,10 +183,26 @@ def pick_device(name):
 
 
 def pick_kernels(name, device):
-    """--kernels, or those made for the device."""
-    if name == "triton" and device.type != "cuda":
-        raise BadInput("--kernels triton: they run on a GPU; leave it out to use the CPU's")
-    return name or ("triton" if device.type == "cuda" else "torch")
+    """--kernels, or those made for the device: Triton's for NVIDIA's GPUs from Ampere on."""
+    fit = is_ampere(device) and not torch.version.hip and importlib.util.find_spec("triton")
+    if name == "triton" and not fit:
+        raise BadInput(
+            "--kernels triton: they run on a GPU, NVIDIA's of compute capability 8.0 or later, with"
+            " Triton installed; leave it out to use PyTorch's"
+        )
+    return name or ("triton" if fit else "torch")
+
+
+def pick_dtype(device):
+    """Of matrix products in training: bfloat16 halves what a GPU has to move; most CPUs, and GPUs
+    before Ampere, have no matrix instructions for it.
+    """
+    return torch.bfloat16 if is_ampere(device) else torch.float32
+
+
+def is_ampere(device):
+    """Or a later GPU."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def add_flags(add):

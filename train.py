@@ -235,8 +235,7 @@ def train(args, ranks):
     clock = Clock()
     say = functools.partial(print, flush=True) if ranks.is_first else lambda *_: None
     cores = Cores(args.device)
-    # bfloat16 halves what a GPU has to move; most CPUs have no matrix instructions for it
-    dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32
+    dtype = evaluate.pick_dtype(args.device)
     n_tokens = args.tokens or RECIPES[args.scale].n_tokens
     corpus = ranks.first_then_all(lambda: open_corpus(args.data, args.vocabulary, n_tokens))
     config = model_config(args, corpus.d_vocab)

@@ -338,6 +338,33 @@ def test_a_vocabulary_of_another_size_is_refused(run, text_file, tmp_path, capsy
     assert load_snapshot(tmp_path / "small.pt")[1]["corpus"] == origin
 
 
+@pytest.mark.parametrize(
+    ("capability", "hip", "installed", "kernels", "dtype"),
+    [
+        ((9, 0), None, True, "triton", torch.bfloat16),
+        ((8, 0), None, True, "triton", torch.bfloat16),
+        ((7, 5), None, True, "torch", torch.float32),  # Turing: nothing for bfloat16
+        ((9, 0), None, False, "torch", torch.bfloat16),  # Windows has no Triton
+        ((9, 4), "7.0", True, "torch", torch.bfloat16),  # AMD
+    ],
+)
+def test_kernels_and_dtype_are_what_the_gpu_has(
+    monkeypatch, capability, hip, installed, kernels, dtype
+):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: installed or None)
+    assert evaluate.pick_kernels(None, gpu) == kernels
+    assert evaluate.pick_kernels("reference", gpu) == "reference"
+    assert evaluate.pick_dtype(gpu) == dtype
+    if kernels != "triton":
+        with pytest.raises(BadInput, match="8.0"):
+            evaluate.pick_kernels("triton", gpu)
+    assert evaluate.pick_kernels(None, torch.device("cpu")) == "torch"
+    assert evaluate.pick_dtype(torch.device("cpu")) == torch.float32
+
+
 def test_examples_need_a_spread():
     with pytest.raises(BadInput):
         measure.draw_examples(None, 1)
