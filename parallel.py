@@ -5,6 +5,7 @@ cores, as PyTorch does by itself, costs a barrier an operation; giving every cor
 one thread costs one barrier a step. On two cores that is a quarter more tokens a second.
 """
 
+import datetime
 import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 import torch.distributed as dist
 
+from safety import BadInput
+
 # as PyTorch found it: the machine's cores, or OMP_NUM_THREADS, which torchrun sets to 1
 AVAILABLE_CORES = torch.get_num_threads()
+# with the first process, which may be fetching a corpus of 20 GB
+PATIENCE = datetime.timedelta(days=1)
 
 
 class Cores:
@@ -49,8 +54,11 @@ class Ranks:
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.rank = int(os.environ.get("RANK", 0))
         self.is_first = self.rank == 0
+        on_gpu = device.type == "cuda"
+        if on_gpu:
+            take_gpu(int(os.environ.get("LOCAL_RANK", 0)))
         if self.world > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
 
     def sum(self, tensor):
         """Adds `tensor` up over all processes, in place."""
@@ -84,3 +92,14 @@ class Ranks:
     def close(self):
         if self.world > 1:
             dist.destroy_process_group()
+
+
+def take_gpu(number):
+    """Makes that GPU the one that "cuda" means in this process."""
+    if number >= torch.cuda.device_count():
+        raise BadInput(
+            f"process {number + 1} of this machine has no GPU: there are"
+            f" {torch.cuda.device_count()}; start torchrun with --nproc-per-node"
+            f" {torch.cuda.device_count()}"
+        )
+    torch.cuda.set_device(number)

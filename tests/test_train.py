@@ -22,6 +22,7 @@ import train
 from corpora import open_corpus
 from progress import commit_of
 from records import RunFolder, read_records
+from safety import BadInput
 from snapshots import load_snapshot
 from train import RECIPES, snapshot_steps
 from vocabulary import PYTHON_1024
@@ -170,12 +171,16 @@ def test_kernels_agree_on_the_curve(workplace, text_file):
     assert losses("fast") == pytest.approx(losses("reference"), abs=1e-4)
 
 
-def test_gradient_is_the_same_on_one_core_and_on_three(corpus):
-    """Rows shared unevenly among threads: only the order of additions changes."""
+@pytest.mark.parametrize("tokens_at_once", [2**15, 3 * 512, 100])
+def test_gradient_is_the_same_on_one_core_and_on_three(corpus, monkeypatch, tokens_at_once):
+    """Rows shared unevenly among threads, all at once or not: only the order of additions
+    changes.
+    """
     from data import training_batch
     from model import Transformer, config_for
     from parallel import Cores, Ranks
 
+    monkeypatch.setattr(train, "TOKENS_AT_ONCE", tokens_at_once)
     cpu = torch.device("cpu")
     model = Transformer(config_for("mini", 1, True, 1024)).init_weights(0)
     batch = training_batch(corpus, 512, 4, seed=0, step=0)
@@ -191,6 +196,28 @@ def test_gradient_is_the_same_on_one_core_and_on_three(corpus):
     assert one[0].item() == pytest.approx(loss.item(), rel=1e-6)
     whole = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert torch.allclose(one[1:], whole, rtol=1e-4, atol=1e-7)
+
+
+def test_every_process_takes_the_gpu_of_its_number(monkeypatch):
+    from parallel import Ranks
+
+    taken, groups = [], []
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda kind, **_: groups.append(kind)
+    )
+    for rank, local_rank in (0, 0), (3, 1):  # two machines with two GPUs each
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        assert Ranks(torch.device("cuda")).rank == rank
+    assert (taken, groups) == ([0, 1], ["nccl", "nccl"])
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(BadInput, match="--nproc-per-node 2"):
+        Ranks(torch.device("cuda"))
+    Ranks(torch.device("cpu"))
+    assert (taken, groups[2:]) == ([0, 1], ["gloo"])
 
 
 def test_two_processes_train_as_one(workplace, text_file):
