@@ -23,7 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels.attention import attention, attention_pattern, watched_attention
+from kernels.attention import (
+    at_least_float32,
+    attention,
+    attention_pattern,
+    watched_attention,
+)
 from kernels.cross_entropy import linear_cross_entropy
 from safety import BadInput
 
@@ -175,7 +180,8 @@ class Attention(nn.Module):
             q, k = per_head(_rows(placed, at), self.W_Q), per_head(placed, self.W_K)
         q, k, v = touch("q", q), touch("k", k), touch("v", per_head(x, self.W_V))
         if touch.pattern:  # somebody is looking: it has to exist
-            z = touch("pattern", attention_pattern(q, k, self.alpha, self.windows, at)) @ v
+            pattern = attention_pattern(*at_least_float32(q, k), self.alpha, self.windows, at)
+            z = touch("pattern", pattern).to(v.dtype) @ v
         elif touch.tiles:
             z = watched_attention(q, k, v, touch.watch, self.alpha, self.windows)
         else:

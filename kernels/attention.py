@@ -52,8 +52,11 @@ def attention(q, k, v, alpha=None, windows=None, kernels="torch", at=None):
     query sees, itself included (None: all). at [batch, query]: where the queries stand, if there is
     not one at every key.
     """
-    if kernels == "reference" or at is not None:  # the pattern of a few queries is small
-        return attention_reference(q, k, v, alpha, windows, at)
+    if at is not None:  # the pattern of a few queries is small
+        pattern = attention_pattern(*at_least_float32(q, k), alpha, windows, at)
+        return pattern.to(v.dtype) @ v
+    if kernels == "reference":
+        return attention_reference(q, k, v, alpha, windows)
     if kernels == "triton":
         if SDPA_FOR_PLAIN_CAUSAL and alpha is None and windows is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -72,14 +75,15 @@ def attention(q, k, v, alpha=None, windows=None, kernels="torch", at=None):
     )
 
 
-def attention_reference(q, k, v, alpha=None, windows=None, at=None):
+def attention_reference(q, k, v, alpha=None, windows=None):
     """The definition, line by line; see `attention`."""
-    return attention_pattern(q, k, alpha, windows, at) @ v
+    return attention_pattern(q, k, alpha, windows) @ v
 
 
 def attention_pattern(q, k, alpha=None, windows=None, at=None):
     """The attention pattern [batch, head, query, key]: rows sum to 1, keys after the query get
-    exactly 0. `at` as in `attention`.
+    exactly 0. `at` as in `attention`. In 16 bits it has errors of per cents, which those of the
+    scores become under exp: see `at_least_float32`.
     """
     return attention_scores(q, k, alpha, windows, at).softmax(dim=-1)
 
@@ -104,9 +108,15 @@ def watched_attention(q, k, v, watch, alpha=None, windows=None):
     """`attention` that shows its pattern on the way: watch(first query, pattern [batch, head,
     query, key up to the last of these queries]), one tile of queries at a time. No gradient.
     """
+    *wide, values = at_least_float32(q, k, v)
     if alpha is not None:
-        k = smear_keys(k, alpha)
-    return _tiled(q, k, v, windows, watch)
+        wide[1] = smear_keys(wide[1], alpha)
+    return _tiled(*wide, values, windows, watch).to(v.dtype)
+
+
+def at_least_float32(*tensors):
+    """What scores have to be computed in for a pattern as exact as the kernels'."""
+    return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
 
 
 def smear_keys(k, alpha):
@@ -157,7 +167,7 @@ def frozen_attention(q, k, lse, values, alpha=None, windows=None, kernels="torch
         if lse is not None:
             pattern = frozen_pattern(q, k, lse, alpha, windows)
         return pattern.to(values.dtype) @ values
-    q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
+    q, k = at_least_float32(q, k)
     if alpha is not None:
         k = smear_keys(k, alpha)
     shape, values = values.shape, values.flatten(1, 2)  # [A, batch * head, pos, d_head]
@@ -236,7 +246,7 @@ def _score_tiles(q, k, alpha, windows):
     """For each tile of queries: its slice, and its scores [batch, head, query, key up to the
     tile's last] in at least float32, -inf where hidden.
     """
-    q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
+    q, k = at_least_float32(q, k)
     if alpha is not None:
         k = smear_keys(k, alpha)
     for start, stop in _tiles(q.shape[2]):

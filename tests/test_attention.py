@@ -92,6 +92,22 @@ def test_gradients_by_finite_differences(windows):
         )
 
 
+def test_patterns_that_are_measured_are_exact_in_16_bits():
+    """As exact as the kernels': only pattern and z are rounded."""
+    q, k, v = (4 * x.detach() for x in inputs(200, dtype=torch.bfloat16))  # scores of up to 60
+    alpha, tiles = torch.tensor([0.0, 1.0, -1.0]), []
+    exact = attention_reference(q.double(), k.double(), v.double(), alpha.double())
+    everywhere = torch.arange(200).expand(len(q), -1)
+
+    def error(z):
+        return (z - exact).abs().max() / v.abs().max() / torch.finfo(v.dtype).eps
+
+    assert error(attention(q, k, v, alpha, at=everywhere)) < 1
+    assert error(watched_attention(q, k, v, lambda *tile: tiles.append(tile), alpha)) < 1
+    assert tiles[1][1].sum(dim=-1) == pytest.approx(1, abs=1e-5)
+    assert error(attention_reference(q, k, v, alpha)) > 4
+
+
 def test_pattern_by_hand():
     # two positions, d_head 1: query 1 scores keys 0 and 1 with ln 3 and 0
     q, k = torch.tensor([[[[5.0], [1.0]]]]), torch.tensor([[[[math.log(3)], [0.0]]]])
