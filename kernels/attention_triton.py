@@ -64,9 +64,11 @@ LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1e30)  # finite: all keys of a tile may be hidden, and inf - inf is NaN
 
 # BLOCK_QUERY, BLOCK_KEY, num_warps, num_stages: for each architecture the largest tiles whose sums
-# stay in registers. float32, which has no tensor cores, goes by small ones on all of them.
+# stay in registers, and on 80 whose stages fit the 99 KB of shared memory of consumer chips.
+# float32, which has no tensor cores, goes by small ones on all of them.
 CONFIGS = {
     (80, "forward"): by_size((64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 3)),
+    (80, "fused smear"): by_size((64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
     (80, "dquery"): by_size((64, 64, 4, 2), (64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 8, 2)),
     (80, "dkey"): by_size((64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 2), (64, 64, 8, 2)),
     (90, "forward"): by_size((128, 64, 8, 3), (128, 64, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2)),
@@ -81,6 +83,7 @@ CONFIGS = {
     ("float32", "dquery"): by_size((16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 8, 2)),
     ("float32", "dkey"): by_size((32, 32, 4, 2), (32, 16, 4, 2), (32, 16, 4, 2), (16, 16, 4, 2)),
 }  # fmt: skip
+CONFIGS |= {(arch, "fused smear"): CONFIGS[arch, "forward"] for arch in (90, 100)}
 
 
 @triton.jit
@@ -276,7 +279,7 @@ class _Attention(torch.autograd.Function):
         fused = alpha if fused_smear and q.dtype != torch.float32 else None
         keys = k if alpha is None or fused is not None else smear_keys(k, alpha)
         z, lse = empty_rows(v), v.new_empty(v.shape[:3], dtype=torch.float32)
-        config = launch_config(CONFIGS, "forward", q)
+        config = launch_config(CONFIGS, "forward" if fused is None else "fused smear", q)
         _forward_kernel[programs(q, config["BLOCK_QUERY"])](
             *rows(q), *tiles(keys, config["BLOCK_KEY"]), *tiles(v, config["BLOCK_KEY"]), *rows(z),
             lse, fused, ctx.windows, n_heads, n_ctx, scale, d_head,

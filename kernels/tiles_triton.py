@@ -110,7 +110,7 @@ def launch_config(configs, kernel, x):
 
 def architecture():
     """Whose configurations suit the GPU in use: 80, 90 or 100. Consumer chips have Ampere's matrix
-    instructions and shared memory.
+    instructions, but less shared memory.
     """
     arch = triton.runtime.driver.active.get_current_target().arch
     return 100 if 100 <= arch < 120 else 90 if arch == 90 else 80

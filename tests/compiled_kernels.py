@@ -54,6 +54,8 @@ REGISTERS = 65536
 WARPS = 64
 SHARED_BYTES = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 RESERVED_BYTES = 1024  # of shared memory, for each program
+# that a program can have; 80: of consumer chips (86, 89, 120), which are given its configurations
+MOST_SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_COLUMNS = 512  # of tensor memory (100)
 # the instruction that multiplies 16-bit tiles
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCMMA"}
@@ -97,7 +99,7 @@ class Resources:
         """What must not be, one line each."""
         if self.spills or self.stack:
             yield f"{self.spills} spills, a stack of {self.stack} bytes"
-        if self.programs == 0:
+        if self.programs == 0 or self.shared > MOST_SHARED_BYTES[self.arch]:
             yield "does not fit on a multiprocessor"
         if self.has_16_bit_products:
             for name in MATRIX_INSTRUCTION.values():

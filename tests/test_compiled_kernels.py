@@ -40,6 +40,7 @@ FAULTS = {
     "a stack": {"stack": 8},
     "more registers than there are": {"warps": 16, "registers": 168},
     "more shared memory than there is": {"shared": 233_000},
+    "more than consumer chips have": {"arch": 80, "shared": 102_000, "HMMA": 8, "HGMMA": 0},
     "Ampere's instructions on Hopper": {"HMMA": 8},
     "no matrix instructions": {"HGMMA": 0},
     "no copy engine": {"TMA": 0},
