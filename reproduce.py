@@ -357,7 +357,8 @@ def main(argv=None):
     (results / "figures").mkdir(parents=True, exist_ok=True)
     steps = [*measurements(args, scale, chosen), *drawings(args, scale, chosen)]
     schedule = Schedule(steps, runs / "times.json")
-    for ending in signal.SIGTERM, signal.SIGHUP:  # end the command that runs, as control-C does
+    # end the command that runs, as control-C does; Windows has no SIGHUP
+    for ending in signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM):
         if signal.getsignal(ending) is not signal.SIG_IGN:  # as under nohup
             signal.signal(ending, signal.default_int_handler)
     try:
