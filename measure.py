@@ -162,24 +162,27 @@ def in_pieces(function, *rows):
 
 @torch.no_grad()
 def scores_on_repeated(model, tokens):
-    """{name: [layer, head]}. Patterns are scored as they arise, one layer at a time; on a GPU they
-    never exist: the kernel sums them.
-    """
+    """{name: [layer, head]}. On a GPU the patterns never exist: the kernel sums them."""
     offsets = {"prefix_matching": 1, "match_itself": 0, "match_before": -1}
-    scores, last = {name: [] for name in offsets}, {}
+    scores, patterns, last = {name: [] for name in offsets}, [], {}
 
     def hook(name, layer, value):
         last[name] = value
-        for score, offset in offsets.items():
-            if name == "pattern":
-                scores[score].append(metrics.prefix_matching_score(value, tokens, offset))
-            if name == "k" and fused:
-                found = statistics(model, layer, last["q"], value, tokens, offset)
-                scores[score].append(found[0])
+        if name == "pattern":
+            patterns.append(value)
+        if name == "k" and fused:
+            for score, offset in offsets.items():
+                matching, _ = statistics(model, layer, last["q"], value, tokens, offset)
+                scores[score].append(matching)
 
     fused = model.kernels == "triton"
     model.residual(tokens, hook, pattern=not fused)
-    return {name: torch.stack(layers) for name, layers in scores.items()}
+    if patterns:  # all layers at once: the keys that match are the same
+        pattern = torch.cat(patterns, dim=1)
+        for score, offset in offsets.items():
+            scores[score].append(metrics.prefix_matching_score(pattern, tokens, offset))
+    shape = model.config.n_layers, model.config.n_heads
+    return {name: torch.cat(found).view(shape) for name, found in scores.items()}
 
 
 @torch.no_grad()
