@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable
 
 CLAIMS = []
+ENOUGH = 300  # examples for a curve over the context
 NONE = math.nan  # what a model without a phase change has: no comparison with it holds
 
 
@@ -107,10 +108,16 @@ def having(models, *files):
 
 
 def evaluated(models):
-    """Those whose losses at every position are of all examples, in training or measured again."""
-    return [
-        run for run in models if run.has("evaluation.npz") or run.made["recipe"].get("whole") == 1
-    ]
+    """Those whose losses at every position are of enough examples, in training or measured again
+    (evaluate.py --snapshots).
+    """
+    return [run for run in models if run.has("evaluation.npz") or in_training(run) >= ENOUGH]
+
+
+def in_training(run):
+    """On how many examples training measured every position."""
+    recipe = run.made["recipe"]
+    return recipe.get("whole", 0) * recipe["n_examples"]
 
 
 def families(runs, least=2):

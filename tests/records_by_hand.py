@@ -114,7 +114,7 @@ def make_run(folder, knobs, n_layers, mlp=False, width=128, smear=False, rank=0)
     config = {"n_layers": n_layers, "n_heads": 2, "d_model": width, "smear": smear}
     config["d_mlp"] = 4 * width if mlp else 0
     recipe = {"warmup_tokens": knobs["warmup"], "weight_decay_later": knobs["decay_later"]}
-    recipe["whole"] = 0.25
+    recipe |= {"n_examples": 88, "whole": 0.25}
     made = {"config": config, "recipe": recipe, "seed": 0, "scale": "mini"}
     made |= {"corpus": {"data": "python", "sha256": "0"}, "machine": {"device": "by hand"}}
     heads = make_heads(knobs, n_layers, lacks, knobs["mlp_layer" if mlp else "layer"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from plots import tables
-from plots.checks import CLAIMS, NONE, Check, check, verdict
+from plots.checks import CLAIMS, NONE, Check, check, evaluated, verdict
 from plots.runs import load_all
 from tests.records_by_hand import GOOD, WORST, make_run, make_world
 
@@ -149,6 +149,15 @@ def test_what_is_not_recorded_is_not_judged(tmp_path, name, missing):
     for path in world.glob(f"*/{missing}"):
         path.unlink()
     assert judge(name, world) == ("partly" if name == "Q18" else "no records")
+
+
+@pytest.mark.parametrize(("n_examples", "enough"), [(10_000, True), (3000, True), (2990, False)])
+def test_a_curve_over_the_context_needs_300_examples(tmp_path, n_examples, enough):
+    make_run(tmp_path / "2L", GOOD, 2)
+    (tmp_path / "2L" / "evaluation.npz").unlink()
+    (run,) = load_all(tmp_path).values()
+    run.made["recipe"] |= {"n_examples": n_examples, "whole": 0.1}
+    assert evaluated([run]) == [run] * enough
 
 
 def test_a_claim_of_which_a_part_is_not_recorded_is_reproduced_partly(tmp_path):
