@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import gc
 import math
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -106,6 +107,7 @@ def parse_args(argv):
     # the training
     add("--tokens", type=int, help="tokens to train on (default: the scale's)")
     add("--lr", type=float, help="learning rate (default: the scale's)")
+    add("--snapshots", type=int, help="that are taken, about (default: the scale's)")
     add("--examples", type=int, help="that all snapshots are measured on (default: the scale's)")
     add("--out", type=Path, help="folder of the run (default: runs/ and a name made of the flags)")
     add("--resume", action="store_true", help="go on with the run that the same command began")
@@ -151,6 +153,8 @@ def training_recipe(args, n_ctx, world):
         recipe = dataclasses.replace(recipe, n_tokens=args.tokens)
     if args.lr is not None:
         recipe = dataclasses.replace(recipe, learning_rate=args.lr)
+    if args.snapshots is not None:
+        recipe = dataclasses.replace(recipe, n_snapshots=args.snapshots)
     if args.examples is not None:
         few = {"n_examples": args.examples, "n_final_examples": args.examples}
         recipe = dataclasses.replace(recipe, **few)
@@ -160,6 +164,8 @@ def training_recipe(args, n_ctx, world):
         )
     if recipe.learning_rate <= 0:
         raise BadInput(f"--lr {recipe.learning_rate}: must be positive")
+    if recipe.n_snapshots < 3:
+        raise BadInput(f"--snapshots {recipe.n_snapshots}: at least 3 are needed")
     if recipe.n_rows % world:
         raise BadInput(f"{world} processes cannot share the {recipe.n_rows} rows of a step evenly")
     return recipe
@@ -174,6 +180,19 @@ def default_name(args):
     parts += [Path(args.data).stem] * (args.data != "python")
     parts += [f"lr-{args.lr}"] * bool(args.lr) + [f"tokens-{args.tokens}"] * bool(args.tokens)
     return "-".join([*parts, f"seed-{args.seed}"])
+
+
+def check_space(folder, n_snapshots, n_bytes):
+    """Refuses a run of so many snapshots of so many bytes that will not fit on its disk."""
+    left = n_snapshots - len([*(folder / "snapshots").glob("step_*.pt")])
+    needed = (left + 6) * n_bytes  # state.pt has the optimizer's two moments, too, and is replaced
+    disk = next(path for path in folder.absolute().parents if path.is_dir())
+    if needed > shutil.disk_usage(disk).free:
+        raise BadInput(
+            f"{folder}: {left} snapshots of {n_bytes / 1e9:.2f} GB and the state to resume from"
+            f" need {needed / 1e9:.0f} GB, more than is free there: take fewer (--snapshots), or"
+            " write elsewhere (--out DIR)"
+        )
 
 
 def loss_and_gradient(model, parameters, inputs, targets, n_tokens, cores, ranks):
@@ -265,6 +284,7 @@ def train(args, ranks):
         "machine": describe_machine(args.device, cores, ranks.world, dtype, args.kernels),
     }
     folder = args.out or Path("runs") / default_name(args)
+    check_space(folder, len(schedule), 4 * count_parameters(model)[0])
     run = RunFolder(folder, identity, about, args.resume, ranks)
     first_step = run.restore(model, optimizer, clock)
     say(header(args, model, corpus, recipe, n_steps, len(schedule), about["machine"]))

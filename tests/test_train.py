@@ -2,6 +2,7 @@
 refuses.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -84,7 +85,7 @@ def one_line(capsys):
 
 
 @pytest.mark.parametrize(
-    "n_steps, n_snapshots", [(3906, 100), (10_000, 200), (500, 100), (30, 10), (1, 100)]
+    "n_steps, n_snapshots", [(3906, 100), (10_000, 200), (500, 100), (30, 10), (1, 100), (30, 3)]
 )
 def test_snapshots_start_at_zero_and_end_at_the_end(n_steps, n_snapshots):
     steps = snapshot_steps(n_steps, n_snapshots)
@@ -328,6 +329,21 @@ def test_a_full_disk_is_one_line_and_leaves_whole_files(workplace, text_file):
 # the model that flags ask for
 
 
+@pytest.mark.parametrize(("taken", "fits"), [(0, False), (1, False), (2, True)])
+def test_a_run_whose_snapshots_do_not_fit_on_the_disk_is_not_begun(
+    tmp_path, monkeypatch, taken, fits
+):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=14_000))
+    run = tmp_path / "runs" / "new"
+    (run / "snapshots").mkdir(parents=True)
+    for step in range(taken):
+        (run / "snapshots" / f"step_{step}.pt").touch()
+    with contextlib.nullcontext() if fits else pytest.raises(BadInput, match="--snapshots"):
+        train.check_space(run, n_snapshots=10, n_bytes=1000)
+    with pytest.raises(BadInput, match="10 snapshots"):
+        train.check_space(Path("runs/none"), n_snapshots=10, n_bytes=1000)
+
+
 @pytest.mark.parametrize(
     "flags, d_model, heads, d_head",
     [
@@ -346,9 +362,9 @@ def test_heads_fill_the_width_unless_both_are_given(flags, d_model, heads, d_hea
 
 
 def test_flags_change_the_recipe_in_what_they_name():
-    given = {"--tokens": 5_000_000, "--lr": 1e-3, "--examples": 30}
+    given = {"--tokens": 5_000_000, "--lr": 1e-3, "--snapshots": 40, "--examples": 30}
     args = train.parse_args(["--scale", "mini", *(str(x) for pair in given.items() for x in pair)])
-    changed = {"n_tokens": 5_000_000, "learning_rate": 1e-3, "n_examples": 30}
+    changed = {"n_tokens": 5_000_000, "learning_rate": 1e-3, "n_snapshots": 40, "n_examples": 30}
     expected = dataclasses.replace(train.RECIPES["mini"], **changed, n_final_examples=30)
     assert train.training_recipe(args, n_ctx=512, world=1) == expected
 
@@ -376,6 +392,7 @@ def test_flags_change_the_recipe_in_what_they_name():
         (["--tokens", "100"], "one step alone"),
         (["--tokens", "-5"], "one step alone"),
         (["--lr", "0"], "must be positive"),
+        (["--snapshots", "2"], "at least 3"),
         (["--examples", "1"], "at least 2"),
         (["--examples", "1000000"], "holds out only"),
         (["--device", "cuda"], "no GPU"),
