@@ -186,8 +186,9 @@ def check_space(folder, n_snapshots, n_bytes):
     """Refuses a run of so many snapshots of so many bytes that will not fit on its disk."""
     left = n_snapshots - len([*(folder / "snapshots").glob("step_*.pt")])
     needed = (left + 6) * n_bytes  # state.pt has the optimizer's two moments, too, and is replaced
-    disk = next(path for path in folder.absolute().parents if path.is_dir())
-    if needed > shutil.disk_usage(disk).free:
+    at = folder.absolute()
+    there = next(path for path in (at, *at.parents) if path.is_dir())
+    if needed > shutil.disk_usage(there).free:
         raise BadInput(
             f"{folder}: {left} snapshots of {n_bytes / 1e9:.2f} GB and the state to resume from"
             f" need {needed / 1e9:.0f} GB, more than is free there: take fewer (--snapshots), or"
