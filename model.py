@@ -178,7 +178,7 @@ class Attention(nn.Module):
         if at is None:
             q, k = per_head(placed, torch.cat([self.W_Q, self.W_K])).chunk(2, dim=1)
         else:
-            q, k = per_head(_rows(placed, at), self.W_Q), per_head(placed, self.W_K)
+            q, k = per_head(rows_at(placed, at), self.W_Q), per_head(placed, self.W_K)
         q, k, v = touch("q", q), touch("k", k), touch("v", per_head(x, self.W_V))
         if touch.pattern:  # somebody is looking: it has to exist
             pattern = attention_pattern(*at_least_float32(q, k), self.alpha, self.windows, at)
@@ -217,7 +217,7 @@ class Block(nn.Module):
     def forward(self, resid, positions, dtype, kernels, touch, at=None):
         resid = touch("resid_pre", resid)
         x = _normalise(self.ln1, resid, "ln1_scale", touch).to(dtype)
-        resid = _rows(resid, at) + self.attn(x, positions, kernels, touch, at)
+        resid = rows_at(resid, at) + self.attn(x, positions, kernels, touch, at)
         resid = touch("resid_mid", resid)
         if self.mlp:
             x = _normalise(self.ln2, resid, "ln2_scale", touch)
@@ -346,9 +346,9 @@ def _normalise(ln, resid, name, touch):
     return ln(resid) if touched is divisor else ln(resid, touched)
 
 
-def _rows(x, at):
-    """x [batch, pos, d_model] at the positions `at` [batch, n]; all of it if None."""
-    return x if at is None else x[torch.arange(len(x), device=x.device)[:, None], at]
+def rows_at(x, at):
+    """x [..., batch, pos, d_model] at the positions `at` [batch, n]; all of it if None."""
+    return x if at is None else x[..., torch.arange(len(at), device=x.device)[:, None], at, :]
 
 
 class _Touch:

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 
 from kernels.attention import attention_pattern, frozen_attention
 from kernels.cross_entropy import linear_cross_entropy
-from model import layer_norm_divisor, per_head, sum_over_heads
+from model import layer_norm_divisor, per_head, rows_at, sum_over_heads
 
 # of the residual streams of the ablations that are computed at once, for each core
 STACK_BYTES = {"cpu": 8 * 2**20, "cuda": 2 * 2**30}
@@ -152,7 +152,7 @@ class CleanRun:
         x = x + self.model.positions[: x.shape[1]]
         k = per_head(x, attn.W_K)
         if self.is_last(layer):
-            q = per_head(self.at_scored(x), attn.W_Q)
+            q = per_head(rows_at(x, self.positions), attn.W_Q)
             self.pattern = attention_pattern(q, k, attn.alpha, attn.windows, self.positions)
         else:
             self.queries_and_keys.append((per_head(x, attn.W_Q), k))
@@ -173,7 +173,7 @@ class CleanRun:
 
     def add_heads(self, layer, resid, z):
         if self.is_last(layer):
-            resid = self.at_scored(resid)
+            resid = rows_at(resid, self.positions)
         return resid + sum_over_heads(z, self.model.blocks[layer].attn.W_O)
 
     def add_mlp(self, layer, resid):
@@ -186,11 +186,6 @@ class CleanRun:
         if ln not in self.scales:  # the clean run comes by first
             self.scales[ln] = layer_norm_divisor(resid)
         return ln(resid, self.scales[ln])
-
-    def at_scored(self, x):
-        """x [..., example, pos, d_model] -> [..., example, scored, d_model]."""
-        example = torch.arange(len(self.positions), device=x.device)[:, None]
-        return x[..., example, self.positions, :]
 
     def is_last(self, layer):
         return layer == len(self.model.blocks) - 1
