@@ -108,10 +108,15 @@ def watched_attention(q, k, v, watch, alpha=None, windows=None):
     """`attention` that shows its pattern on the way: watch(first query, pattern [batch, head,
     query, key up to the last of these queries]), one tile of queries at a time. No gradient.
     """
-    *wide, values = at_least_float32(q, k, v)
+    wide = at_least_float32(q, k, v)
     if alpha is not None:
         wide[1] = smear_keys(wide[1], alpha)
-    return _tiled(*wide, values, windows, watch).to(v.dtype)
+
+    def of_heads(first_query, pattern):
+        watch(first_query, pattern.unflatten(0, q.shape[:2]))
+
+    z = _tiled(*(x.flatten(0, 1) for x in wide), windows, of_heads)
+    return z.view(q.shape).to(v.dtype)
 
 
 def at_least_float32(*tensors):
@@ -263,44 +268,43 @@ class _TiledAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, windows, wanted):
-        patterns = []
+        patterns, flat = [], [x.flatten(0, 1) for x in (q, k, v)]  # [batch * head, pos, d_head]
 
         def keep(start, pattern):
             if wanted:
                 patterns.append(pattern)
 
-        z = _tiled(q, k, v, windows, keep)
-        ctx.save_for_backward(q, k, v, *patterns)
-        return z
+        ctx.tiles = _tiles(q.shape[2])
+        z = _tiled(*flat, windows, keep)
+        ctx.save_for_backward(*flat, *patterns)
+        return z.view(q.shape)
 
     @staticmethod
     def backward(ctx, grad):
         q, k, v, *patterns = ctx.saved_tensors
-        shape, scale = grad.shape, q.shape[-1] ** -0.5
-        q, k, v, grad = (x.flatten(0, 1) for x in (q, k, v, grad))  # [batch * head, pos, d_head]
-        patterns = [pattern.flatten(0, 1) for pattern in patterns]
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for (start, stop), pattern in zip(_tiles(q.shape[1]), patterns, strict=True):
-            rows, keys = slice(start, stop), slice(stop)
-            _multiply(pattern.transpose(1, 2), grad[:, rows], out=dv[:, keys], add=True)
+        shape, scale, n_ctx = grad.shape, q.shape[-1] ** -0.5, q.shape[1]
+        grad = grad.flatten(0, 1)
+        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        # the last tile sees all keys: what it writes, the others add to
+        for (start, stop), pattern in zip(ctx.tiles[::-1], patterns[::-1], strict=True):
+            rows, keys, add = slice(start, stop), slice(stop), stop < n_ctx
+            _multiply(pattern.transpose(1, 2), grad[:, rows], dv[:, keys], add=add)
             dpattern = torch.bmm(grad[:, rows], v[:, keys].transpose(1, 2))
             dscores = torch._softmax_backward_data(
                 dpattern, pattern, -1, q.dtype, grad_input=dpattern
             )
-            _multiply(dscores, k[:, keys], out=dq[:, rows], scale=scale)
-            _multiply(dscores.transpose(1, 2), q[:, rows], dk[:, keys], scale, add=True)
+            _multiply(dscores, k[:, keys], dq[:, rows], scale)
+            _multiply(dscores.transpose(1, 2), q[:, rows], dk[:, keys], scale, add=add)
         return dq.view(shape), dk.view(shape), dv.view(shape), None, None
 
 
 def _tiled(q, k, v, windows, watch):
-    """z [batch, head, pos, d_head]; watch as in `watched_attention`."""
-    shape = q.shape
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    z = torch.empty_like(v)
+    """z [batch * head, pos, d_head], as are q, k and v; watch(start, pattern) for each tile."""
+    z = torch.empty_like(v, memory_format=torch.contiguous_format)
     for start, stop, pattern in _patterns(q, k, windows):
-        watch(start, pattern.view(*shape[:2], *pattern.shape[1:]))
+        watch(start, pattern)
         _multiply(pattern, v[:, :stop], out=z[:, start:stop])
-    return z.view(shape)
+    return z
 
 
 def _patterns(q, k, windows):
