@@ -49,13 +49,14 @@ def measure(function, seconds):
     return times
 
 
-def matmul_ceiling(n=2048):
-    """float32 operations a second of a large square product on all cores: what no training step can
-    exceed.
+def matmul_ceiling(dtype, n=2048):
+    """Operations a second of a large square product in dtype on all cores: what no training step
+    can exceed.
     """
     a, b = torch.randn(n, n), torch.randn(n, n)
     torch.set_num_threads(AVAILABLE_CORES)
-    return 2 * n**3 / min(measure(lambda: a @ b, 1.0))
+    with evaluate.multiplying_in(dtype, CPU):
+        return 2 * n**3 / min(measure(lambda: a @ b, 1.0))
 
 
 # --- a training step
@@ -164,34 +165,41 @@ def bench_train(seconds):
 
     corpus, recipe, cores = open_corpus(), train.RECIPES["mini"], Cores(CPU)
     config = config_for("mini", 2, True, corpus.d_vocab)
-    steps = {
-        "nanoGPT's recipe": (AVAILABLE_CORES, nanogpt_step(config, recipe.n_rows, corpus.train[0])),
-        "train.py": (1, our_step(config, recipe, corpus, cores)),
-    }
+    recipe_of_nanogpt = nanogpt_step(config, recipe.n_rows, corpus.train[0])
+    # as users run them: name, cores for each operation, products, function
+    steps = [("nanoGPT's recipe", AVAILABLE_CORES, torch.float32, recipe_of_nanogpt)]
+    for dtype in dict.fromkeys((evaluate.pick_dtype(None, CPU), torch.float32)):
+        name = f"train.py, {str(dtype).removeprefix('torch.')}"
+        steps.append((name, 1, dtype, our_step(config, recipe, corpus, cores)))
     check_gradient(config, recipe, corpus, cores)
     gc.freeze()  # as train.py does
-    for threads, step in steps.values():
+
+    def turn(threads, dtype, function):
         torch.set_num_threads(threads)
-        losses = [step() for _ in range(30)]
+        with evaluate.multiplying_in(dtype, CPU):
+            return function()
+
+    for _, *how, step in steps:
+        losses = turn(*how, lambda step=step: [step() for _ in range(30)])
         if not losses[-1] < losses[0]:
             raise BadInput(f"a step that does not learn is not worth timing: losses {losses}")
-    times = {name: [] for name in steps}
-    for _ in range(5):  # in turns, so that a busy moment of the machine hits both
-        for name, (threads, step) in steps.items():
-            torch.set_num_threads(threads)
-            times[name] += measure(step, seconds / 10)
-    ceiling = matmul_ceiling()
+    times = {name: [] for name, *_ in steps}
+    for _ in range(8):  # in turns, so that a busy moment of the machine hits all
+        for name, *how, step in steps:
+            times[name] += turn(*how, lambda step=step: measure(step, seconds / 8 / len(steps)))
+    ceilings = {dtype: matmul_ceiling(dtype) for _, _, dtype, _ in steps}
     n_tokens = recipe.n_rows * config.n_ctx
     baseline = np.median(times["nanoGPT's recipe"])
-    for name, seconds_each in times.items():
-        p20, median, p80 = np.percentile(seconds_each, [20, 50, 80])
+    for name, _, dtype, _ in steps:
+        ceiling = ceilings[dtype]
+        p20, median, p80 = np.percentile(times[name], [20, 50, 80])
         flops = training_flops(config) * n_tokens / median
         yield {
             "what": name,
             "tokens_per_second": round(n_tokens / median),
             "p20": round(n_tokens / p80),
             "p80": round(n_tokens / p20),
-            "n": len(seconds_each),
+            "n": len(times[name]),
             "speedup": round(baseline / median, 3),
             "gflops": round(flops / 1e9, 1),
             "ceiling_gflops": round(ceiling / 1e9, 1),
@@ -202,7 +210,7 @@ def bench_train(seconds):
 
 def train_line(row):
     return (
-        f"{row['what']:>18}  {row['tokens_per_second']:>7,} tokens/s"
+        f"{row['what']:>19}  {row['tokens_per_second']:>7,} tokens/s"
         f" ({row['p20']:,} to {row['p80']:,}, n={row['n']})  {row['speedup']:.2f}x"
         f"  {row['of_ceiling']:.0%} of the matmul ceiling, {row['ceiling_gflops']:.0f} GFLOP/s"
     )
@@ -423,7 +431,7 @@ def main(argv=None):
     )
     args = parser.parse_args(argv)
     device = CPU if args.what in CPU_BENCHES else evaluate.pick_device(None)
-    dtype = evaluate.pick_dtype(device)
+    dtype = evaluate.pick_dtype(None, device)
     kernels = evaluate.pick_kernels(None, device)
     machine = describe_machine(device, Cores(CPU), 1, dtype, kernels)
     print(f"{machine['device']}, torch {machine['torch']}, commit {machine['commit']}", flush=True)

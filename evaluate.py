@@ -9,6 +9,7 @@ score, loss by position, the per-token loss vector and three scores for each hea
 made one of each snapshot as it took it (measure.py); here more examples can be had.
 """
 
+import contextlib
 import importlib.util
 import sys
 import time
@@ -27,6 +28,7 @@ from snapshots import load_snapshot
 
 HEAD_SCORES = ("prefix_matching", "copying", "previous_token")
 KERNELS = ("reference", "torch", "triton")
+DTYPES = {torch.float32: "ieee", torch.bfloat16: "bf16"}  # as PyTorch's settings name them
 
 
 def find_phase_change(records):
@@ -193,11 +195,36 @@ def pick_kernels(name, device):
     return name or ("triton" if fit else "torch")
 
 
-def pick_dtype(device):
-    """Of matrix products in training: bfloat16 halves what a GPU has to move; most CPUs, and GPUs
-    before Ampere, have no matrix instructions for it.
+def pick_dtype(name, device):
+    """--dtype, of matrix products in training, or bfloat16 where the device has matrix instructions
+    for it: GPUs from Ampere on, CPUs with AMX.
     """
-    return torch.bfloat16 if is_ampere(device) else torch.float32
+    has_bfloat16 = is_ampere(device) if device.type == "cuda" else has_amx()
+    if name == "bfloat16" and not has_bfloat16:
+        raise BadInput("--dtype bfloat16: no matrix instructions for it here; leave it out")
+    return getattr(torch, name or ("bfloat16" if has_bfloat16 else "float32"))
+
+
+def has_amx():
+    return torch.cpu.get_capabilities().get("amx_bf16", False)
+
+
+@contextlib.contextmanager
+def multiplying_in(dtype, device):
+    """Matrix products within it are in dtype; yields the dtype that a Transformer then takes.
+
+    On a CPU that is float32 all the same: with AMX, PyTorch rounds only what it multiplies to
+    bfloat16, on the way into the product, and adds up and returns float32.
+    """
+    if device.type == "cuda":
+        yield dtype
+        return
+    matmul = torch.backends.mkldnn.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, DTYPES[dtype]
+    try:
+        yield torch.float32
+    finally:
+        matmul.fp32_precision = before
 
 
 def is_ampere(device):

@@ -54,7 +54,7 @@ class Recipe:
 RECIPES = {
     "mini": Recipe(
         n_rows=8, n_tokens=8_000_000, learning_rate=2e-3, warmup_tokens=100_000,
-        weight_decay=0.01, betas=(0.9, 0.98), n_snapshots=90, n_examples=88, n_final_examples=400,
+        weight_decay=0.01, betas=(0.9, 0.98), n_snapshots=90, n_examples=72, n_final_examples=400,
         whole=0.25,
     ),
     "small": Recipe(
@@ -114,9 +114,15 @@ def parse_args(argv):
     # the machine
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     add("--kernels", choices=evaluate.KERNELS, help="default: triton on a GPU, else torch")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of matrix products (default: bfloat16 if the machine has instructions for them)",
+    )
     args = parser.parse_args(argv)
     args.device = evaluate.pick_device(args.device)
     args.kernels = evaluate.pick_kernels(args.kernels, args.device)
+    args.dtype = evaluate.pick_dtype(args.dtype, args.device)
     if args.model:
         sizes = (args.scale, args.layers, args.d_model, args.heads, args.d_head)
         if args.attn_only or args.smear or any(size is not None for size in sizes):
@@ -251,16 +257,16 @@ def main(argv=None):
     args = parse_args(argv)
     ranks = Ranks(args.device)
     try:
-        return train(args, ranks)
+        with evaluate.multiplying_in(args.dtype, args.device) as dtype:
+            return train(args, ranks, dtype)
     finally:
         ranks.close()
 
 
-def train(args, ranks):
+def train(args, ranks, dtype):
     clock = Clock()
     say = functools.partial(print, flush=True) if ranks.is_first else lambda *_: None
     cores = Cores(args.device)
-    dtype = evaluate.pick_dtype(args.device)
     n_tokens = args.tokens or RECIPES[args.scale].n_tokens
     corpus = ranks.first_then_all(lambda: open_corpus(args.data, args.vocabulary, n_tokens))
     config = model_config(args, corpus.d_vocab)
@@ -282,7 +288,7 @@ def train(args, ranks):
     }
     about = {
         "scale": args.scale,
-        "machine": describe_machine(args.device, cores, ranks.world, dtype, args.kernels),
+        "machine": describe_machine(args.device, cores, ranks.world, args.dtype, args.kernels),
     }
     folder = args.out or Path("runs") / default_name(args)
     check_space(folder, len(schedule), 4 * count_parameters(model)[0])
