@@ -68,6 +68,19 @@ def test_fast_path_is_as_exact_as_the_reference(n_ctx, windows, alpha):
     assert_as_exact_as_the_reference(run(tensors, "torch"), run(tensors, "reference"), exact)
 
 
+@pytest.mark.parametrize("n_ctx", [255, 256, 257, 600])
+@pytest.mark.parametrize("windows", [None, (1, 300, 1000)], ids=["full", "local"])
+def test_tiles_may_be_wide(monkeypatch, n_ctx, windows):
+    """As they are where products are in bfloat16; here what they multiply stays exact."""
+    monkeypatch.setattr(module, "tile", lambda: module.TILE["bfloat16"])
+    tensors, doubles = inputs(n_ctx), inputs(n_ctx, dtype=torch.float64)
+    actual, reference, exact = (
+        output_and_gradients(lambda *t, k=kernels: attention(*t, None, windows, k), some)
+        for some, kernels in ((tensors, "torch"), (tensors, "reference"), (doubles, "reference"))
+    )
+    assert_as_exact_as_the_reference(actual, reference, exact)
+
+
 def test_long_inputs_take_the_path_that_keeps_no_pattern(monkeypatch):
     tensors, doubles = inputs(200), inputs(200, dtype=torch.float64)
     monkeypatch.setattr(module, "KEEP_PATTERN_BYTES", 0)

@@ -169,9 +169,19 @@ def test_the_same_seed_gives_the_same_losses_and_another_seed_others(workplace, 
 
 
 def test_kernels_agree_on_the_curve(workplace, text_file):
-    train.main(flags(text_file, steps=10, out="fast"))
-    train.main(flags(text_file, "--kernels", "reference", steps=10, out="reference"))
+    exactly = ("--dtype", "float32")
+    train.main(flags(text_file, *exactly, steps=10, out="fast"))
+    train.main(flags(text_file, *exactly, "--kernels", "reference", steps=10, out="reference"))
     assert losses("fast") == pytest.approx(losses("reference"), abs=1e-4)
+
+
+@pytest.mark.skipif(not evaluate.has_amx(), reason="needs a CPU with AMX")
+def test_products_in_bfloat16_give_the_same_curve(workplace, text_file):
+    for dtype in ("float32", "bfloat16"):
+        assert train.main(flags(text_file, "--dtype", dtype, steps=50, out=dtype)) == 0
+    exact, rounded = np.array(losses("float32")), np.array(losses("bfloat16"))
+    assert 0 < abs(rounded - exact).max() < 0.02 < exact[0] - exact[-1]
+    assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"
 
 
 @pytest.mark.parametrize("tokens_at_once", [2**15, 3 * 512, 100])
@@ -226,7 +236,7 @@ def test_every_process_takes_the_gpu_of_its_number(monkeypatch):
 def test_two_processes_train_as_one(workplace, text_file):
     process = start(
         workplace,
-        flags(text_file, out="two"),
+        flags(text_file, "--dtype", "float32", out="two"),
         "-m",
         "torch.distributed.run",
         "--standalone",
@@ -236,7 +246,7 @@ def test_two_processes_train_as_one(workplace, text_file):
     out, err = process.communicate(timeout=100)
     assert process.returncode == 0, err
     assert "2 processes" in out
-    train.main(flags(text_file, out="one"))
+    train.main(flags(text_file, "--dtype", "float32", out="one"))
     assert losses("two") == pytest.approx(losses("one"), abs=2e-5)
     one, two = (read_records(workplace / name / "measurements.npz") for name in ("one", "two"))
     assert len(one) == len(two)
@@ -254,6 +264,18 @@ def test_no_process_writes_into_the_folder_before_all_have_looked_at_it(tmp_path
     first = SimpleNamespace(is_first=True, wait=slower_process_arrives)
     RunFolder(tmp_path / "run", {}, {}, False, first)
     assert waited == [False] and (tmp_path / "run").exists()
+
+
+def test_a_full_gpu_is_told_in_one_line(workplace, text_file, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 ...")
+
+    monkeypatch.setattr(train, "loss_and_gradient", full)
+    assert train.main(flags(text_file, steps=2)) == 2
+    assert "run/snapshots/step_0000000.pt" in {
+        str(p.relative_to(workplace)) for p in workplace.rglob("*.pt")
+    }
+    assert "memory" in one_line(capsys)
 
 
 # interruption
