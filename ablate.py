@@ -143,7 +143,8 @@ def ablate_run(args, ranks):
     if window:
         setup.find_vector(*(paths[step] for step in window))
     out = args.out or args.path / "ablations.npz"
-    records = take_up(setup, out)
+    unfinished = out.with_name(f"{out.stem}-unfinished.npz")
+    records = take_up(setup, out, unfinished)
     done = {int(record["step"]) for record in records}
     left = [step for step in paths if step not in done]
     progress = Progress(ranks.is_first, "snapshots")
@@ -153,10 +154,13 @@ def ablate_run(args, ranks):
         records.append({"step": step, "tokens": about["tokens"], **record})
         records.sort(key=lambda record: record["step"])
         if ranks.is_first:
-            write_records(out, records)
+            write_records(unfinished, records)
     if ranks.is_first:
         report(setup, records, args.path)
+        write_records(out, records)
         write_about(setup, out, answer=answer(setup, records))
+        for path in (unfinished, unfinished.with_suffix(".json")):
+            path.unlink(missing_ok=True)
         print(f"-> {out}, {out.with_suffix('.json')}")
 
 
@@ -206,23 +210,24 @@ def substitution_table(setup, model, heads):
     return table
 
 
-def take_up(setup, out):
-    """What an interrupted sweep with the same settings has finished. Refuses records made with
-    others.
+def take_up(setup, out, unfinished):
+    """What a sweep with the same settings has finished, whether it was interrupted or not. Refuses
+    records made with others.
     """
-    about, settings = out.with_suffix(".json"), setup.settings()
-    if out.exists() or about.exists():
+    began = unfinished if unfinished.exists() else out
+    about, settings = began.with_suffix(".json"), setup.settings()
+    if began.exists() or about.exists():
         before = read_json(about).get("settings") if about.exists() else None
         if before != settings:
             how = difference(before, settings) if before else "they are not told beside it"
             raise BadInput(
-                f"{out} was made with other settings ({how}): repeat the flags that made it, or"
-                " write elsewhere with --out FILE.npz"
+                f"{began} was made with other settings ({how}): repeat the flags that made it,"
+                " delete it, or write elsewhere with --out FILE.npz"
             )
-    records = read_records(out) if out.exists() else []
+    records = read_records(began) if began.exists() else []
     setup.ranks.wait()  # until all have looked: what the first writes is not what they look for
-    if setup.ranks.is_first:
-        write_about(setup, out)
+    if setup.ranks.is_first and not records:
+        write_about(setup, unfinished)
     return records
 
 

@@ -249,7 +249,7 @@ def test_a_run_is_ablated_with_its_before_and_after_vector(run, command, corpus,
     assert "along the before-and-after vector" in out
 
 
-def test_an_interrupted_sweep_goes_on(run, command, monkeypatch):
+def test_an_interrupted_sweep_goes_on(run, command, monkeypatch, capsys):
     arguments = command(run, "--heads", "1:0", "--snapshots", "4")
     assert ablate.main([*arguments, "--out", "whole.npz"]) == 0
     whole, made, record = read_records(Path("whole.npz")), [], Ablations.record
@@ -263,12 +263,15 @@ def test_an_interrupted_sweep_goes_on(run, command, monkeypatch):
     monkeypatch.setattr(Ablations, "record", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ablate.main(arguments)
-    assert len(read_records(run / "ablations.npz")) == 2
+    assert len(read_records(run / "ablations-unfinished.npz")) == 2
+    assert not (run / "ablations.npz").exists()  # figures would take it for all there is
+    refused(capsys, [*arguments, "--mean"])
     made.clear()
     made += [1] * 3  # never 2 again
     assert ablate.main(arguments) == 0
     assert len(made) == 3 + len(whole) - 2  # only what was left
     resumed = read_records(run / "ablations.npz")
+    assert not [*run.glob("*unfinished*")]
     for one, other in zip(whole, resumed, strict=True):
         assert all(np.array_equal(one[name], other[name]) for name in one)
 
