@@ -82,7 +82,7 @@ def run_row(run):
         "examples": f"{shown['examples']:,}",
         "M tokens": f"{shown['tokens'] / 1e6:,.1f}",
         "minutes": f"{shown['seconds'] / 60:.0f}",
-        "machine": run.made["machine"]["device"],
+        "machine": "{device}, {dtype}".format(**run.made["machine"]),
     }
 
 

@@ -116,7 +116,10 @@ def make_run(folder, knobs, n_layers, mlp=False, width=128, smear=False, rank=0)
     recipe = {"warmup_tokens": knobs["warmup"], "weight_decay_later": knobs["decay_later"]}
     recipe |= {"n_examples": 88, "whole": 0.25}
     made = {"config": config, "recipe": recipe, "seed": 0, "scale": "mini"}
-    made |= {"corpus": {"data": "python", "sha256": "0"}, "machine": {"device": "by hand"}}
+    made |= {
+        "corpus": {"data": "python", "sha256": "0"},
+        "machine": {"device": "by hand", "dtype": "float32"},
+    }
     heads = make_heads(knobs, n_layers, lacks, knobs["mlp_layer" if mlp else "layer"])
     best = {"head": f"{n_layers - 1}:0", "score": 0.5}
     end = knobs["one_end"] if lacks else knobs["smear_end"] if smear and n_layers == 1 else None
