@@ -177,7 +177,8 @@ def context_beyond_fifty(runs):
 )
 def training_turns(runs):
     models = evaluated(small(runs))
-    turns = {name: pivot.in_plane for name, pivot in trajectories.pivots(models).items()}
+    groups = map(trajectories.pivots, trajectories.by_examples(models))
+    turns = {name: pivot.in_plane for group in groups for name, pivot in group.items()}
     if not turns:
         return
     deeper = [run for run in models if run.n_layers > 1]
