@@ -196,6 +196,7 @@ def bench_train(seconds):
         flops = training_flops(config) * n_tokens / median
         yield {
             "what": name,
+            "dtype": str(dtype).removeprefix("torch."),
             "tokens_per_second": round(n_tokens / median),
             "p20": round(n_tokens / p80),
             "p80": round(n_tokens / p20),
@@ -431,7 +432,8 @@ def main(argv=None):
     )
     args = parser.parse_args(argv)
     device = CPU if args.what in CPU_BENCHES else evaluate.pick_device(None)
-    dtype = evaluate.pick_dtype(None, device)
+    # on a CPU tensors are float32; what bench_train multiplies in stands in its rows
+    dtype = torch.float32 if device == CPU else evaluate.pick_dtype(None, device)
     kernels = evaluate.pick_kernels(None, device)
     machine = describe_machine(device, Cores(CPU), 1, dtype, kernels)
     print(f"{machine['device']}, torch {machine['torch']}, commit {machine['commit']}", flush=True)
