@@ -425,6 +425,13 @@ def main(argv=None):
         "--seconds", type=float, default=60, help="time for each comparison (default: 60)"
     )
     parser.add_argument(
+        "--cases",
+        metavar="TEXT",
+        nargs="+",
+        default=[""],
+        help="only cases of a kernel that have one of these in their name, such as 'T 2048'",
+    )
+    parser.add_argument(
         "--json",
         type=Path,
         default=Path("results/bench.jsonl"),
@@ -441,7 +448,8 @@ def main(argv=None):
         rows, line = CPU_BENCHES[args.what]
         rows = rows(args.seconds)
     else:
-        rows, line = bench_kernels.rows(args.what, device, dtype, args.seconds), bench_kernels.line
+        chosen = bench_kernels.cases(args.what, device, args.cases)
+        rows, line = bench_kernels.rows(chosen, device, dtype, args.seconds), bench_kernels.line
     args.json.parent.mkdir(parents=True, exist_ok=True)
     for row in rows:
         print(line(row), flush=True)

@@ -24,6 +24,7 @@ import metrics
 from kernels import attention as ops
 from kernels.cross_entropy import linear_cross_entropy
 from parallel import AVAILABLE_CORES
+from safety import BadInput
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}  # of every output, relative
 CHECKED = 1000  # positions or rows, at most, of the batch that is checked
@@ -61,12 +62,21 @@ class Comparison:
         return lambda: torch.autograd.grad(z, by, dz, retain_graph=True)
 
 
-def rows(what, device, dtype, seconds):
-    """Checks and times the comparisons of one op; yields a record for each contender."""
+def cases(what, device, wanted=("",)):
+    """The comparisons of one op whose titles contain one of the texts in `wanted`."""
+    every = list(COMPARISONS[what](device))
+    chosen = [case for case in every if any(text in case.title for text in wanted)]
+    if not chosen:
+        titles = ", ".join(dict.fromkeys(f"'{case.title}'" for case in every))
+        raise BadInput(f"--cases {' '.join(wanted)}: none is named so; there are {titles}")
+    return chosen
+
+
+def rows(comparisons, device, dtype, seconds):
+    """Checks and times comparisons, sharing the seconds; yields a record for each contender."""
     torch.set_num_threads(AVAILABLE_CORES)
     compiler.donated_buffer = False  # compiled graphs go backward more than once
     ceiling = matmul_ceiling(device, dtype)
-    comparisons = list(COMPARISONS[what](device))
     for comparison in comparisons:
         if device.type == "cuda":
             torch.compiler.reset()  # each shape is compiled as if it were the only one

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import bench_kernels
-from bench_kernels import COMPARISONS, Comparison, line, pairs, rows
+from bench_kernels import COMPARISONS, Comparison, cases, line, pairs, rows
 from kernels.attention import visible
+from safety import BadInput
 
 CPU = torch.device("cpu")
 
@@ -36,10 +37,9 @@ def small(what):
 
 
 @pytest.mark.parametrize("what", COMPARISONS)
-def test_each_comparison_gives_a_row_for_every_contender(what, monkeypatch):
+def test_each_comparison_gives_a_row_for_every_contender(what):
     comparisons = small(what)
-    monkeypatch.setitem(COMPARISONS, what, lambda device: comparisons)
-    records = list(rows(what, CPU, torch.float32, seconds=0))
+    records = list(rows(comparisons, CPU, torch.float32, seconds=0))
     assert len(records) == sum(len(c.contenders) for c in comparisons)
     ours = [record for record in records if record["what"] == "ours"]
     assert all(record["times_ours"] == 1 and record["n"] >= 5 for record in ours)
@@ -62,17 +62,23 @@ def doubling(wrong, name):
 
 
 @pytest.mark.parametrize("wrong, by", [(2.001, "5.0e-04"), (float("nan"), "nan")])
-def test_a_wrong_contender_is_not_timed(monkeypatch, wrong, by):
-    monkeypatch.setitem(COMPARISONS, "doubling", lambda device: [doubling(wrong, "theirs")])
-    ours, theirs = rows("doubling", CPU, torch.float32, seconds=0)
+def test_a_wrong_contender_is_not_timed(wrong, by):
+    ours, theirs = rows([doubling(wrong, "theirs")], CPU, torch.float32, seconds=0)
     assert ours["relative_error"] == 0 and "milliseconds" in ours
     assert theirs["not_timed"] == f"wrong by {by}" and "milliseconds" not in theirs
 
 
-def test_nothing_is_timed_if_ours_is_wrong(monkeypatch):
-    monkeypatch.setitem(COMPARISONS, "doubling", lambda device: [doubling(2.001, "ours")])
+def test_nothing_is_timed_if_ours_is_wrong():
     with pytest.raises(RuntimeError, match="wrong by"):
-        list(rows("doubling", CPU, torch.float32, seconds=0))
+        list(rows([doubling(2.001, "ours")], CPU, torch.float32, seconds=0))
+
+
+def test_cases_are_chosen_by_parts_of_their_names():
+    titles = [case.title for case in cases("attention", CPU, ["window 128", "smeared"])]
+    assert len(set(titles)) == 2 and all("smeared" in t or "window 128" in t for t in titles)
+    assert len(cases("attention", CPU)) == len(list(COMPARISONS["attention"](CPU)))
+    with pytest.raises(BadInput, match="none is named so.*'causal, T 512"):
+        cases("attention", CPU, ["T 99"])
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 10, 99])
