@@ -97,7 +97,7 @@ ALLOWED = {
         "measure",
         "evaluate",
     },
-    "bench_kernels": {"parallel", "metrics", "kernels"},
+    "bench_kernels": {"safety", "parallel", "metrics", "kernels"},
     "bench": {
         "progress",
         "safety",
