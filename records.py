@@ -8,19 +8,24 @@ taken up again.
     state.pt          weights and optimizer, only for resuming
     summary.json      what the run shows
 
-state.pt comes last of what a snapshot writes. Whenever the process dies, everything up to the step
-in state.pt is on disk, and what is later is cut off on resuming: the same batches then give the
-same losses to the last bit.
+state.pt comes last of what a snapshot writes, if it is written. Whenever the process dies,
+everything up to the step in state.pt is on disk, and what is later is cut off on resuming: the same
+batches then give the same losses to the last bit.
 """
 
 import json
 import os
+import time
 import zipfile
 
 import numpy as np
 
 from safety import BadInput, write_whole
 from snapshots import load_tensors, save_snapshot, save_tensors
+
+# writing state.pt takes at most one part in so many of a run's time: of a large model it takes
+# seconds, and losing a little of the work now and then costs less
+STATE_SHARE = 20
 
 
 class RunFolder:
@@ -34,7 +39,7 @@ class RunFolder:
     def __init__(self, folder, identity, about, resume, ranks):
         self.folder, self.writes = folder, ranks.is_first
         self.identity = json.loads(json.dumps(identity))
-        self.records = []
+        self.records, self.next_state = [], 0.0
         self.state = self._find_state() if resume else None
         if not resume and folder.exists() and any(folder.iterdir()):
             raise BadInput(f"{folder} exists: --resume goes on with it, --out DIR writes elsewhere")
@@ -111,8 +116,10 @@ class RunFolder:
     def snapshot_path(self, step):
         return self.snapshots / f"step_{step:07d}.pt"
 
-    def write_state(self, step, model, optimizer, clock):
-        if self.writes:
+    def write_state(self, step, model, optimizer, clock, now=True):
+        """now: or else only if the last one is long enough ago."""
+        began = time.time()
+        if self.writes and (now or began >= self.next_state):
             self.log.flush()
             os.fsync(self.log.fileno())
             state = {
@@ -122,6 +129,8 @@ class RunFolder:
                 "seconds": clock.read(),
             }
             write_whole(self.folder / "state.pt", lambda path: save_tensors(state, path))
+            took = time.time() - began
+            self.next_state = began + STATE_SHARE * took
 
     def write_summary(self, summary):
         if self.writes:

@@ -313,7 +313,7 @@ def train(args, ranks, dtype):
                 stop_if_not_finite(record["loss"], run, step)
                 with clock("saving"):
                     run.write_snapshot(model, {"step": step, "tokens": tokens, **record})
-                run.write_state(step, model, optimizer, clock)
+                run.write_state(step, model, optimizer, clock, now=step == n_steps)
                 progress.after_snapshot()
             if step == n_steps or interrupts:
                 break

@@ -71,9 +71,9 @@ CONFIGS = {
     (80, "fused smear"): by_size((64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
     (80, "dquery"): by_size((64, 64, 4, 2), (64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 8, 2)),
     (80, "dkey"): by_size((64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 2), (64, 64, 8, 2)),
-    (90, "forward"): by_size((128, 64, 8, 3), (128, 64, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2)),
-    (90, "dquery"): by_size((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
-    (90, "dkey"): by_size((64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 3)),
+    (90, "forward"): by_size((64, 128, 4, 2), (64, 128, 4, 2), (64, 128, 4, 2), (64, 64, 4, 3)),
+    (90, "dquery"): by_size((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3)),
+    (90, "dkey"): by_size((128, 64, 4, 2), (128, 64, 4, 2), (128, 64, 4, 2), (64, 64, 4, 2)),
     (100, "forward"): by_size(
         (128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2)
     ),
@@ -277,6 +277,7 @@ class _Attention(torch.autograd.Function):
         _, n_heads, n_ctx, d_head = q.shape
         ctx.windows, ctx.scale = window_tensor(windows, q), scale
         fused = alpha if fused_smear and q.dtype != torch.float32 else None
+        ctx.fused = fused is not None
         keys = k if alpha is None or fused is not None else smear_keys(k, alpha)
         z, lse = empty_rows(v), v.new_empty(v.shape[:3], dtype=torch.float32)
         config = launch_config(CONFIGS, "forward" if fused is None else "fused smear", q)
@@ -285,7 +286,7 @@ class _Attention(torch.autograd.Function):
             lse, fused, ctx.windows, n_heads, n_ctx, scale, d_head,
             **config,
         )  # fmt: skip
-        ctx.save_for_backward(q, k, v, alpha, z, lse)
+        ctx.save_for_backward(q, k, keys, v, alpha, z, lse)
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
         return z, lse
@@ -293,10 +294,11 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dz, _):
-        q, k, v, alpha, z, lse = ctx.saved_tensors
+        q, k, keys, v, alpha, z, lse = ctx.saved_tensors
         _, n_heads, n_ctx, d_head = q.shape
         dz = readable(dz)
-        keys = k if alpha is None else smear_keys(k, alpha)
+        if ctx.fused:  # the forward kernel has written none
+            keys = smear_keys(k, alpha)
         dq, dv, delta = empty_rows(q), empty_rows(v), torch.empty_like(lse)
         # alpha's gradient is a sum of products of these that cancel
         dkeys = empty_rows(k, k.dtype if alpha is None else torch.float32)
