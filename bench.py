@@ -8,8 +8,8 @@ times, in one run.
     python bench.py statistics   prefix matching and previous token, against the whole pattern
     python bench.py loss         losses from the residual stream, against PyTorch's and Liger's
 
-All but the first two run on the GPU if there is one (bench_kernels.py). Every row is printed and
-appended to results/bench.jsonl with all that it takes to repeat it.
+All but the second run on the GPU if there is one; the last four are in bench_kernels.py. Every row
+is printed and appended to results/bench.jsonl with all that it takes to repeat it.
 """
 
 import dataclasses
@@ -34,6 +34,7 @@ from safety import ArgumentParser, BadInput, one_line_errors
 from sweep import ablation, preserving_patterns, sweep
 
 CPU = torch.device("cpu")
+DTYPE_OF_NANOGPT = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 
 def measure(function, seconds):
@@ -47,16 +48,6 @@ def measure(function, seconds):
         function()
         times.append(time.perf_counter() - tick)
     return times
-
-
-def matmul_ceiling(dtype, n=2048):
-    """Operations a second of a large square product in dtype on all cores: what no training step
-    can exceed.
-    """
-    a, b = torch.randn(n, n), torch.randn(n, n)
-    torch.set_num_threads(AVAILABLE_CORES)
-    with evaluate.multiplying_in(dtype, CPU):
-        return 2 * n**3 / min(measure(lambda: a @ b, 1.0))
 
 
 # --- a training step
@@ -91,7 +82,7 @@ class NanoGPT(nn.Module):
 
     def forward(self, tokens, targets):
         batch, n_ctx = tokens.shape
-        x = self.wte(tokens) + self.wpe(torch.arange(n_ctx))
+        x = self.wte(tokens) + self.wpe(torch.arange(n_ctx, device=tokens.device))
         for layer in range(self.config.n_layers):
             q, k, v = self.c_attn[layer](self.norm(x, layer)).chunk(3, dim=2)
             q, k, v = (
@@ -103,48 +94,52 @@ class NanoGPT(nn.Module):
         return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
 
 
-def nanogpt_step(config, n_rows, tokens):
-    model = NanoGPT(config)
+def nanogpt_step(config, n_rows, tokens, device):
+    """On a GPU compiled, in bfloat16 by autocast, and with the fused optimizer: its defaults."""
+    gpu = device.type == "cuda"
+    model = NanoGPT(config).to(device)
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=gpu)
+    forward = torch.compile(model) if gpu else model
+
+    def rows_at(places):
+        rows = [tokens[i : i + config.n_ctx].astype(np.int64) for i in places]
+        rows = torch.stack([torch.from_numpy(row) for row in rows])
+        return rows.pin_memory().to(device, non_blocking=True) if gpu else rows
 
     def step():
         places = torch.randint(len(tokens) - config.n_ctx, (n_rows,))
-        x = torch.stack(
-            [torch.from_numpy(tokens[i : i + config.n_ctx].astype(np.int64)) for i in places]
-        )
-        y = torch.stack(
-            [
-                torch.from_numpy(tokens[i + 1 : i + 1 + config.n_ctx].astype(np.int64))
-                for i in places
-            ]
-        )
-        loss = model(x, y)
+        x, y = rows_at(places), rows_at(places + 1)
+        with torch.autocast("cuda", torch.bfloat16, enabled=gpu):
+            loss = forward(x, y)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return loss
 
     return step
 
 
-def our_step(config, recipe, corpus, cores):
+def our_step(config, recipe, corpus, cores, device, dtype):
     """The body of train.py's loop."""
-    model = Transformer(config).init_weights(0)
+    kernels = evaluate.pick_kernels(None, device)
+    with evaluate.multiplying_in(dtype, device) as dtype:
+        model = Transformer(config, kernels, dtype).init_weights(0).to(device)
     parameters = list(model.parameters())
     optimizer = train.make_optimizer(parameters, recipe)
-    ranks, steps = Ranks(CPU), iter(range(10**9))
+    ranks, steps = Ranks(device), iter(range(10**9))
     n_tokens = recipe.n_rows * config.n_ctx
 
     def step():
         n = next(steps)
-        inputs, targets = train.training_batch(corpus, config.n_ctx, recipe.n_rows, 0, n)
-        total = train.loss_and_gradient(model, parameters, inputs, targets, n_tokens, cores, ranks)
+        batch = train.training_batch(corpus, config.n_ctx, recipe.n_rows, 0, n)
+        batch = [part.to(device) for part in batch]
+        total = train.loss_and_gradient(model, parameters, *batch, n_tokens, cores, ranks)
         train.update(optimizer, parameters, total[1:], recipe, n, n_tokens)
-        return total[0].item()
+        return total[0]
 
     return step
 
@@ -159,36 +154,46 @@ def training_flops(config):
     return 3 * 2 * (config.n_layers * (projections + attention) + config.d_model * config.d_vocab)
 
 
-def bench_train(seconds):
-    """Rows for a step of `python train.py --layers 2 --attn-only`."""
-    from corpora import open_corpus
+def bench_train(seconds, device):
+    """Rows for a step of `python train.py --layers 2 --attn-only`; on a GPU with the vocabulary of
+    GPT-2, whatever the text is, and ten steps at a time: nanoGPT does not wait for each to end.
+    """
+    from corpora import GPT2_TOKENS, open_corpus
 
-    corpus, recipe, cores = open_corpus(), train.RECIPES["mini"], Cores(CPU)
-    config = config_for("mini", 2, True, corpus.d_vocab)
-    recipe_of_nanogpt = nanogpt_step(config, recipe.n_rows, corpus.train[0])
+    gpu = device.type == "cuda"
+    scale, turns, at_once = ("small", 2, 10) if gpu else ("mini", 8, 1)
+    corpus, recipe, cores = open_corpus(), train.RECIPES[scale], Cores(device)
+    config = config_for(scale, 2, True, GPT2_TOKENS if gpu else corpus.d_vocab)
+    baseline = nanogpt_step(config, recipe.n_rows, corpus.train[0], device)
     # as users run them: name, cores for each operation, products, function
-    steps = [("nanoGPT's recipe", AVAILABLE_CORES, torch.float32, recipe_of_nanogpt)]
-    for dtype in dict.fromkeys((evaluate.pick_dtype(None, CPU), torch.float32)):
+    steps = [("nanoGPT's recipe", AVAILABLE_CORES, DTYPE_OF_NANOGPT[device.type], baseline)]
+    for dtype in dict.fromkeys((evaluate.pick_dtype(None, device), DTYPE_OF_NANOGPT[device.type])):
         name = f"train.py, {str(dtype).removeprefix('torch.')}"
-        steps.append((name, 1, dtype, our_step(config, recipe, corpus, cores)))
-    check_gradient(config, recipe, corpus, cores)
+        ours = our_step(config, recipe, corpus, cores, device, dtype)
+        steps.append((name, 1, dtype, ours))
+    check_gradient(config, recipe, corpus, cores, device)
     gc.freeze()  # as train.py does
 
-    def turn(threads, dtype, function):
-        torch.set_num_threads(threads)
-        with evaluate.multiplying_in(dtype, CPU):
-            return function()
+    def turn(threads, dtype, step, run):
+        def some_steps():
+            losses = [step() for _ in range(at_once)]
+            return losses[-1].item()
 
-    for _, *how, step in steps:
-        losses = turn(*how, lambda step=step: [step() for _ in range(30)])
+        torch.set_num_threads(threads)
+        with evaluate.multiplying_in(dtype, device):
+            return run(some_steps)
+
+    for _, *how in steps:
+        losses = turn(*how, lambda some_steps: [some_steps() for _ in range(30 // at_once)])
         if not losses[-1] < losses[0]:
             raise BadInput(f"a step that does not learn is not worth timing: losses {losses}")
     times = {name: [] for name, *_ in steps}
-    for _ in range(8):  # in turns, so that a busy moment of the machine hits all
-        for name, *how, step in steps:
-            times[name] += turn(*how, lambda step=step: measure(step, seconds / 8 / len(steps)))
-    ceilings = {dtype: matmul_ceiling(dtype) for _, _, dtype, _ in steps}
-    n_tokens = recipe.n_rows * config.n_ctx
+    share = seconds / turns / len(steps)
+    for _ in range(turns):  # so that a busy moment of the machine hits all
+        for name, *how in steps:
+            times[name] += turn(*how, lambda some_steps: measure(some_steps, share))
+    ceilings = {dtype: matmul_ceiling(dtype, device) for _, _, dtype, _ in steps}
+    n_tokens = at_once * recipe.n_rows * config.n_ctx
     baseline = np.median(times["nanoGPT's recipe"])
     for name, _, dtype, _ in steps:
         ceiling = ceilings[dtype]
@@ -209,6 +214,13 @@ def bench_train(seconds):
         }
 
 
+def matmul_ceiling(dtype, device):
+    """Operations a second of a large square product: what no training step can exceed."""
+    torch.set_num_threads(AVAILABLE_CORES)
+    with evaluate.multiplying_in(dtype, device) as dtype:
+        return bench_kernels.matmul_ceiling(device, dtype)
+
+
 def train_line(row):
     return (
         f"{row['what']:>19}  {row['tokens_per_second']:>7,} tokens/s"
@@ -217,18 +229,19 @@ def train_line(row):
     )
 
 
-def check_gradient(config, recipe, corpus, cores):
-    """The fast step's gradient against the definition's."""
-    batch = train.training_batch(corpus, config.n_ctx, recipe.n_rows, 0, 0)
+def check_gradient(config, recipe, corpus, cores, device):
+    """The fast step's gradient against the definition's, in float32, of a few rows."""
+    batch = train.training_batch(corpus, config.n_ctx, min(4, recipe.n_rows), 0, 0)
+    batch = [part.to(device) for part in batch]
     gradients = []
-    for kernels in ("reference", "torch"):
-        model = Transformer(config, kernels).init_weights(0)
+    for kernels in ("reference", evaluate.pick_kernels(None, device)):
+        model = Transformer(config, kernels).init_weights(0).to(device)
         total = train.loss_and_gradient(
-            model, list(model.parameters()), *batch, batch[0].numel(), cores, Ranks(CPU)
+            model, list(model.parameters()), *batch, batch[0].numel(), cores, Ranks(device)
         )
         gradients.append(total)
     difference = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
-    if difference > 1e-5:
+    if not difference <= 1e-5:
         raise BadInput(f"the fast gradient is off by {difference:.1e}; nothing was timed")
 
 
@@ -318,9 +331,9 @@ def transformer_lens_ablation(twin, inputs):
 
 
 @torch.no_grad()
-def bench_ablate(seconds):
-    """Rows for ablating every head at the paper's width, in turns: seconds for one head and one
-    example.
+def bench_ablate(seconds, device):
+    """Rows for ablating every head at the paper's width on a CPU, in turns: seconds for one head
+    and one example.
     """
     for n_layers, n_examples in (2, 4), (6, 2):
         config = ModelConfig(n_layers, 768, 12, 64, 0, 512, 50_257)
@@ -414,13 +427,13 @@ def ablate_line(row):
     )
 
 
-CPU_BENCHES = {"train": (bench_train, train_line), "ablate": (bench_ablate, ablate_line)}
+MODEL_BENCHES = {"train": (bench_train, train_line), "ablate": (bench_ablate, ablate_line)}
 
 
 @one_line_errors
 def main(argv=None):
     parser = ArgumentParser(__doc__)
-    parser.add_argument("what", choices=(*CPU_BENCHES, *bench_kernels.COMPARISONS))
+    parser.add_argument("what", choices=(*MODEL_BENCHES, *bench_kernels.COMPARISONS))
     parser.add_argument(
         "--seconds", type=float, default=60, help="time for each comparison (default: 60)"
     )
@@ -438,15 +451,15 @@ def main(argv=None):
         help="default: results/bench.jsonl",
     )
     args = parser.parse_args(argv)
-    device = CPU if args.what in CPU_BENCHES else evaluate.pick_device(None)
+    device = CPU if args.what == "ablate" else evaluate.pick_device(None)
     # on a CPU tensors are float32; what bench_train multiplies in stands in its rows
     dtype = torch.float32 if device == CPU else evaluate.pick_dtype(None, device)
     kernels = evaluate.pick_kernels(None, device)
     machine = describe_machine(device, Cores(CPU), 1, dtype, kernels)
     print(f"{machine['device']}, torch {machine['torch']}, commit {machine['commit']}", flush=True)
-    if args.what in CPU_BENCHES:
-        rows, line = CPU_BENCHES[args.what]
-        rows = rows(args.seconds)
+    if args.what in MODEL_BENCHES:
+        rows, line = MODEL_BENCHES[args.what]
+        rows = rows(args.seconds, device)
     else:
         chosen = bench_kernels.cases(args.what, device, args.cases)
         rows, line = bench_kernels.rows(chosen, device, dtype, args.seconds), bench_kernels.line

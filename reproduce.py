@@ -50,7 +50,7 @@ SCALES = {
         snapshots=24, examples=300, ablated=10, ablation_examples=200,
     ),
     "small": Scale(
-        "small", 500_000_000, 128 * 1024, d_model=768, d_vocab=50257, widths=(384, 1536),
+        "small", 500_000_000, 32 * 1024, d_model=768, d_vocab=50257, widths=(384, 1536),
         snapshots=30, examples=0, ablated=12, ablation_examples=1000,
     ),
     # every kind of command once or twice, on too little to learn from

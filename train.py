@@ -58,7 +58,7 @@ RECIPES = {
         whole=0.25,
     ),
     "small": Recipe(
-        n_rows=128, n_tokens=500_000_000, learning_rate=1e-3, warmup_tokens=20_000_000,
+        n_rows=32, n_tokens=500_000_000, learning_rate=1e-3, warmup_tokens=5_000_000,
         weight_decay=0.05, betas=(0.9, 0.98), n_snapshots=120,
         n_examples=10_000, n_final_examples=10_000, whole=0.1,
     ),

@@ -40,9 +40,6 @@ TILE = {"float32": 128, "bfloat16": 256}  # queries at a time, by what products 
 # beyond this the pattern of one call is not worth keeping: recomputing it (SDPA) is slower but
 # takes O(T) memory
 KEEP_PATTERN_BYTES = 512 * 2**20
-# "triton" leaves plain causal attention to F.scaled_dot_product_attention where that is faster:
-# not before it is measured
-SDPA_FOR_PLAIN_CAUSAL = False
 
 
 def attention(q, k, v, alpha=None, windows=None, kernels="torch", at=None):
@@ -59,8 +56,6 @@ def attention(q, k, v, alpha=None, windows=None, kernels="torch", at=None):
     if kernels == "reference":
         return attention_reference(q, k, v, alpha, windows)
     if kernels == "triton":
-        if SDPA_FOR_PLAIN_CAUSAL and alpha is None and windows is None:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return _triton().attention(q, k, v, alpha, windows)[0]
     if alpha is not None:
         k = smear_keys(k, alpha)

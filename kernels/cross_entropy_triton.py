@@ -52,13 +52,13 @@ PROGRAMS = 512
 # of 16 bytes, and pointers are fast only there
 ALIGNMENT = 16
 
-# ROWS, COLUMNS, DEPTH, warps, stages, forward and backward: for 16-bit numbers by generation
-# (`architecture`); float32 is exact and slow everywhere, for no matrix instruction multiplies it
+# ROWS, COLUMNS, DEPTH, warps, stages: for 16-bit numbers by generation (`architecture`); float32 is
+# exact and slow everywhere, for no matrix instruction multiplies it
 TILES = {
-    80: ((128, 128, 32, 8, 4), (128, 128, 32, 8, 4)),
-    90: ((128, 256, 64, 8, 3), (128, 256, 32, 8, 4)),
-    100: ((128, 128, 64, 8, 4), (128, 128, 64, 8, 4)),
-    "float32": ((64, 64, 16, 4, 3), (64, 64, 16, 4, 3)),
+    80: (128, 128, 32, 8, 4),
+    90: (128, 256, 64, 8, 3),
+    100: (128, 128, 64, 8, 4),
+    "float32": (64, 64, 16, 4, 3),
 }
 
 
@@ -81,7 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, resid, W_U, targets, d_vocab):
-        n_shares = triton.cdiv(d_vocab, _share(resid, d_vocab, backward=False))
+        n_shares = triton.cdiv(d_vocab, _share(resid, d_vocab))
         parts = resid.new_empty(3, n_shares, len(resid), dtype=torch.float32)
         _launch(statistics_kernel, resid, W_U, d_vocab, (targets, *parts))
         part_largest, part_sum, part_chosen = parts
@@ -128,13 +128,13 @@ def _add_product(total, a, b):
         total += a.float() @ b.float()
 
 
-def _tile(resid, backward):
-    return TILES["float32" if resid.dtype == torch.float32 else architecture()][backward]
+def _tile(resid):
+    return TILES["float32" if resid.dtype == torch.float32 else architecture()]
 
 
-def _share(resid, d_vocab, backward):
+def _share(resid, d_vocab):
     """Columns for each program, so that there are about PROGRAMS of them."""
-    n_rows, n_columns, *_ = _tile(resid, backward)
+    n_rows, n_columns, *_ = _tile(resid)
     n_tiles = triton.cdiv(d_vocab, n_columns)
     n_shares = min(n_tiles, triton.cdiv(PROGRAMS, triton.cdiv(len(resid), n_rows)))
     return triton.cdiv(n_tiles, n_shares) * n_columns
@@ -142,15 +142,14 @@ def _share(resid, d_vocab, backward):
 
 def _launch(kernel, resid, W_U, d_vocab, per_row, dlogits=None):
     """Runs one of the kernels below."""
-    backward = dlogits is not None
-    n_rows, n_columns, depth, warps, stages = _tile(resid, backward)
+    n_rows, n_columns, depth, warps, stages = _tile(resid)
     by_descriptor = architecture() >= 90 and resid.dtype != torch.float32
 
     def tiled(matrix, *tile):
         return TensorDescriptor.from_tensor(matrix, list(tile)) if by_descriptor else matrix
 
-    share = _share(resid, d_vocab, backward)
-    outputs = [tiled(dlogits, n_rows, n_columns)] if backward else []
+    share = _share(resid, d_vocab)
+    outputs = [] if dlogits is None else [tiled(dlogits, n_rows, n_columns)]
     kernel[triton.cdiv(len(resid), n_rows), triton.cdiv(d_vocab, share)](
         tiled(resid, n_rows, depth), tiled(W_U, depth, n_columns), *per_row, *outputs,
         len(resid), *W_U.shape, d_vocab, share,

@@ -64,7 +64,7 @@ def test_a_tile_too_large_for_the_registers_is_seen_to_spill():
     run = python(
         "-c",
         "from tests.compiled_kernels import compiled_by, cross_entropy_triton as module\n"
-        "module.TILES[80] = [(256, 128, 16, 4, 1)] * 2\n"
+        "module.TILES[80] = (256, 128, 16, 4, 1)\n"
         "print(*compiled_by((80, 'loss bfloat16'))[0].faults())",
     )
     assert "spills" in run.stdout, run.stderr

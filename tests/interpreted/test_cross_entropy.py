@@ -17,7 +17,7 @@ SHIPPED_TILES = module.TILES
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(module, "TILES", dict.fromkeys(SHIPPED_TILES, [(16, 32, 16, 4, 1)] * 2))
+    monkeypatch.setattr(module, "TILES", dict.fromkeys(SHIPPED_TILES, (16, 32, 16, 4, 1)))
     monkeypatch.setattr(module, "PROGRAMS", 8)
 
 
@@ -55,7 +55,7 @@ def test_shipped_tiles(arch, dtype, monkeypatch):
     """Two blocks of rows, a program for each or one for both of the vocabulary's tiles."""
     monkeypatch.setattr(module, "TILES", SHIPPED_TILES)
     monkeypatch.setattr(module, "PROGRAMS", 2)
-    rows, columns, depth, *_ = module._tile(torch.empty(0, dtype=dtype), backward=False)
+    rows, columns, depth, *_ = module._tile(torch.empty(0, dtype=dtype))
     assert_as_exact_as_the_reference(*inputs(rows + 2, depth + 16, columns + 40, dtype))
 
 
