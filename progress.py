@@ -2,6 +2,7 @@
 
 import contextlib
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -110,7 +111,7 @@ def describe_machine(device, cores, world, dtype, kernels):
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit_of(Path(__file__).parent),
-        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
 
