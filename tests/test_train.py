@@ -20,9 +20,11 @@ import pytest
 import torch
 
 import evaluate
+import records
 import train
 from corpora import open_corpus
-from progress import commit_of
+from parallel import Ranks
+from progress import Clock, commit_of
 from records import RunFolder, read_records
 from safety import BadInput
 from snapshots import load_snapshot
@@ -251,6 +253,25 @@ def test_two_processes_train_as_one(workplace, text_file):
     one, two = (read_records(workplace / name / "measurements.npz") for name in ("one", "two"))
     assert len(one) == len(two)
     assert two[-1]["per_token_loss"] == pytest.approx(one[-1]["per_token_loss"], abs=1e-3)
+
+
+def test_the_state_takes_at_most_a_twentieth_of_a_run(tmp_path, monkeypatch):
+    seconds, written = [1000.0], []
+
+    def slow_save(state, path):
+        written.append(state["step"])
+        path.write_bytes(b"")
+        seconds[0] += 2
+
+    monkeypatch.setattr(records, "save_tensors", slow_save)
+    monkeypatch.setattr(records.time, "time", lambda: seconds[0])
+    run = RunFolder(tmp_path / "run", {}, {}, False, Ranks(torch.device("cpu")))
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in range(100):  # of a second each
+        run.write_state(step, model, optimizer, Clock(), now=step == 50)
+        seconds[0] += 1
+    assert written == [0, 38, 50, 88]
 
 
 def test_no_process_writes_into_the_folder_before_all_have_looked_at_it(tmp_path):
