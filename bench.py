@@ -272,7 +272,9 @@ def ablation_flops(config, scored):
 
 
 def transformer_lens_twin(model):
-    """The same weights in TransformerLens, or None if it is not installed."""
+    """The same weights in TransformerLens, or None if it is not installed; its version 4 no longer
+    has the class.
+    """
     try:
         from transformer_lens import HookedTransformer, HookedTransformerConfig
     except ImportError:
@@ -406,7 +408,7 @@ def ablation_calls(model, rows, at, heads):
     if twin:
         calls["TransformerLens"] = transformer_lens_ablation(twin, rows[0])
     else:
-        print("TransformerLens is not installed: not compared")
+        print("no TransformerLens before version 4 is installed: not compared")
     return calls
 
 
