@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 
+import ablate
 import measure
 import metrics
 from data import evaluation_rows
@@ -25,12 +26,15 @@ from kernels.attention import (
 )
 from model import Transformer, config_for
 from parallel import Cores, Ranks
+from records import read_records
+from snapshots import save_snapshot
 from sweep import sweep
 from tests.test_attention import (
     assert_as_exact_as_the_reference,
     inputs,
     output_and_gradients,
 )
+from vocabulary import PYTHON_1024
 
 pytestmark = [
     pytest.mark.gpu,
@@ -149,6 +153,21 @@ def test_the_sweep_is_that_of_the_cpu(corpus, smear):
         rows = (x.to(device) for x in (inputs, targets, at))
         losses.append(sweep(model.to(device), *rows, heads).cpu())
     torch.testing.assert_close(*losses, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("flags", ["", "--full", "--mean --freeze-layernorm"])
+def test_ablate_says_what_it_says_on_the_cpu(corpus, text_file, tmp_path, monkeypatch, flags):
+    monkeypatch.chdir(tmp_path)
+    about = {"data": "python", "name": corpus.name, "sha256": corpus.sha256}
+    model = Transformer(config_for("mini", 2, True, 1024)).init_weights(0)
+    save_snapshot("x.pt", model, step=0, tokens=0, corpus=about)
+    command = f"x.pt --data {text_file} --vocabulary {PYTHON_1024} --examples 8 --heads 0:0,1:1"
+    records = []
+    for device in "cpu", "cuda":
+        assert ablate.main(f"{command} --device {device} --out {device}.npz {flags}".split()) == 0
+        records += read_records(f"{device}.npz")
+    for name, value in records[0].items():
+        assert records[1][name] == pytest.approx(value, abs=2e-3), name
 
 
 @pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="needs compute-sanitizer")
