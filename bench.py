@@ -231,7 +231,7 @@ def train_line(row):
 
 def check_gradient(config, recipe, corpus, cores, device):
     """The fast step's gradient against the definition's, in float32, of a few rows."""
-    batch = train.training_batch(corpus, config.n_ctx, min(4, recipe.n_rows), 0, 0)
+    batch = train.training_batch(corpus, config.n_ctx, min(8, recipe.n_rows), 0, 0)
     batch = [part.to(device) for part in batch]
     gradients = []
     for kernels in ("reference", evaluate.pick_kernels(None, device)):

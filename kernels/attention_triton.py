@@ -63,11 +63,11 @@ from kernels.tiles_triton import (
 LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1e30)  # finite: all keys of a tile may be hidden, and inf - inf is NaN
 
-# BLOCK_QUERY, BLOCK_KEY, num_warps, num_stages. 90: the fastest of a dozen, measured on an H200;
-# small tiles win there, of which two or three programs share a multiprocessor: one's products hide
-# another's exp. Not yet measured are 80 and 100: the largest tiles whose sums stay in registers,
-# and on 80 whose stages fit the 99 KB of shared memory of consumer chips. float32, which has no
-# tensor cores, goes by small ones on all of them.
+# BLOCK_QUERY, BLOCK_KEY, num_warps, num_stages. 90: of those that do not spill the fastest, as seen
+# on an H200 (heads of 16 and 32 among a few); small tiles win there, of which several programs
+# share a multiprocessor. Not yet measured are 80, 100 and fused smear of 128: the largest tiles
+# whose sums stay in registers, and on 80 whose stages fit the 99 KB of shared memory of consumer
+# chips. float32, which has no tensor cores, goes by small ones on all of them.
 CONFIGS = {
     (80, "forward"): by_size((64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 3)),
     (80, "fused smear"): by_size((64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2)),

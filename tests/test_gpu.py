@@ -75,10 +75,13 @@ def test_attention_and_every_gradient(n_ctx, d_head, dtype, windows, smear):
     actual = output_and_gradients(kernel, tensors)
     again = output_and_gradients(kernel, tensors)
     assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
+    # dq is what is left of dz . value - dz . z, which cancel where a query sees few keys: the
+    # definition subtracts equal numbers, a GPU two sums that were added up in different orders
     assert_as_exact_as_the_reference(
         actual,
         output_and_gradients(reference, tensors),
         output_and_gradients(reference, doubles),
+        dq_roundings=4,
     )
 
 
