@@ -176,7 +176,7 @@ def phase_change(scores, tokens, smallest=0.1):
     or None.
 
     scores: in-context learning score of each snapshot; tokens: trained on by then. The score is
-    smoothed over five snapshots (nine, if that finds nothing), the first 2 % of training left out.
+    smoothed over a tenth of the snapshots, at most nine, and the first 2 % of training left out.
     The change is the stretch around its steepest descent to new lows (a fall that only undoes a
     rise teaches nothing) where it falls at least a quarter as fast. None if it ends less than
     `smallest` nats below all that was before, or if there are fewer than 20 snapshots to tell by.
@@ -185,33 +185,25 @@ def phase_change(scores, tokens, smallest=0.1):
     """
     scores = torch.as_tensor(scores, dtype=torch.float64)
     tokens = torch.as_tensor(tokens, dtype=torch.float64)
+    width = min(9, len(scores) // 10 | 1)  # odd
     skipped = int((tokens < 0.02 * tokens[-1]).sum())
-    scores, tokens = scores[skipped:], tokens[skipped:]
+    scores, tokens = _smooth(scores[skipped:], width), tokens[skipped:]
     if len(scores) < 20:
         return None
-    for width in (5, 9):
-        first, last, gain = _steepest_stretch(_smooth(scores, width), tokens, width // 2)
-        if gain >= smallest:
-            return skipped + first, skipped + last
-    return None
-
-
-def _steepest_stretch(scores, tokens, edge):
-    """(first, last, nats gained) of the stretch that `phase_change` looks for; not around one of
-    the `edge` scores at either end, which are smoothed over fewer snapshots and so noisier.
-    """
     (slope,) = torch.gradient(scores, spacing=(tokens,))
     lower_than_ever = scores <= scores.cummin(dim=0).values
-    lower_than_ever[:edge] = lower_than_ever[-edge:] = False
+    edge = width // 2  # at either end scores are smoothed over fewer snapshots, and so noisier
+    lower_than_ever[:edge] = lower_than_ever[len(scores) - edge :] = False
     if not lower_than_ever.any():
-        return 0, 0, 0.0
+        return None
     first = last = int(torch.where(lower_than_ever, slope, math.inf).argmin())
     fast = slope < slope[first] / 4
     while first > 0 and fast[first - 1]:
         first -= 1
     while last < len(fast) - 1 and fast[last + 1]:
         last += 1
-    return first, last, scores[: first + 1].min() - scores[last]
+    gained = scores[: first + 1].min() - scores[last]
+    return (skipped + first, skipped + last) if gained >= smallest else None
 
 
 def half_way(values):
