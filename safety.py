@@ -28,9 +28,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def one_line_errors(main, script=None):
-    """Decorates a script's `main(argv) -> exit code`. `BadInput` and failures of the file system
-    (missing, not writable, full) print one line and return 2; anything else is a bug and keeps
-    its traceback.
+    """Decorates a script's `main(argv) -> exit code`. `BadInput`, failures of the file system
+    (missing, not writable, full) and a full GPU print one line and return 2; anything else is a
+    bug and keeps its traceback.
     """
     script = script or Path(main.__code__.co_filename).name
 
@@ -39,8 +39,16 @@ def one_line_errors(main, script=None):
         try:
             return main(argv) or 0
         except (BadInput, OSError) as error:
-            print(f"{script}: error: {error}", file=sys.stderr)
-            return 2
+            what = str(error)
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's; plots do without torch
+                raise
+            what = (
+                "the GPU's memory is full: take a smaller model or a larger GPU"
+                f" ({str(error).splitlines()[0]})"
+            )
+        print(f"{script}: error: {what}", file=sys.stderr)
+        return 2
 
     return wrapped
 

@@ -259,11 +259,6 @@ def main(argv=None):
     try:
         with evaluate.multiplying_in(args.dtype, args.device) as dtype:
             return train(args, ranks, dtype)
-    except torch.OutOfMemoryError as error:
-        raise BadInput(
-            "the GPU's memory is full: take a smaller model (--layers, --d-model) or a larger GPU"
-            f" ({str(error).splitlines()[0]})"
-        ) from error
     finally:
         ranks.close()
 
