@@ -270,8 +270,10 @@ def order_inverts(runs):
         curves, windows = ([of(run) for run in models] for of in (loss_curve, window_in_tokens))
         return analysis.order_of_learning([*map(size, models)], curves, windows)[when]
 
-    changed = {name: run for name, run in runs.items() if run.window}
-    found = families(changed, least=3)
+    def is_over(run):  # and has an afterwards
+        return run.window and window_in_tokens(run)[1] < loss_curve(run)[0][-1]
+
+    found = families({name: run for name, run in runs.items() if is_over(run)}, least=3)
     before = {f"before, {name}": models for name, models in found.items()}
     after = {f"after, {name}": models for name, models in found.items()}
     yield from of_families(before, lambda models: order(models, 0), lambda r: r <= -0.5, "+.2f")
