@@ -271,7 +271,8 @@ def order_inverts(runs):
         return analysis.order_of_learning([*map(size, models)], curves, windows)[when]
 
     def is_over(run):  # and has an afterwards
-        return run.window and window_in_tokens(run)[1] < loss_curve(run)[0][-1]
+        window, (tokens, _) = window_in_tokens(run), loss_curve(run)
+        return window and window[1] < tokens[-1]
 
     found = families({name: run for name, run in runs.items() if is_over(run)}, least=3)
     before = {f"before, {name}": models for name, models in found.items()}

@@ -250,14 +250,14 @@ def test_phase_change_survives_noise():
 
 
 @pytest.mark.parametrize("millions", [1, 2, 3])
-def test_phase_change_is_found_in_the_noise_of_88_examples(millions):
+def test_phase_change_is_found_in_the_noise_of_72_examples(millions):
     """Where eight tenths of 0.3 nats take so many of 8 million tokens; the noise of `mini`'s runs
-    is 0.011 to 0.013 nats a snapshot.
+    is 0.010 to 0.015 nats a snapshot.
     """
     tokens = np.linspace(0, 8e6, 89)
     drop = logistic_drop(tokens, 4e6, millions * 1e6 / 4.39, before=0, after=-0.3)
     for seed in range(100):
-        noisy = drop + np.random.default_rng(seed).normal(0, 0.013, 89)
+        noisy = drop + np.random.default_rng(seed).normal(0, 0.015, 89)
         first, last = metrics.phase_change(noisy, tokens)
         assert tokens[first] < 4e6 < tokens[last]
 

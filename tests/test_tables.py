@@ -127,6 +127,17 @@ def test_how_much_of_the_attribution_other_heads_may_have(tmp_path, others, want
     assert judge("Q9", world) == wanted
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_change_that_training_cuts_off_has_no_speed_afterwards(tmp_path):
+    world = make_world(tmp_path / "mini")
+    summary = json.loads((world / "2L-d64" / "summary.json").read_text())
+    last = load_all(world)["2L-d64"].measurements["tokens"][-1]
+    summary["phase_change"]["end_tokens"] = int(last)
+    (world / "2L-d64" / "summary.json").write_text(json.dumps(summary))
+    found = [str(c) for c in BY_NAME["Q15"].judge(load_all(world))]
+    assert "after, width: no records" in found and "before, width: no records" in found
+
+
 @pytest.mark.parametrize("name", BY_NAME)
 def test_without_runs_there_are_no_records(name):
     assert verdict(list(BY_NAME[name].judge({}))) == "no records"
