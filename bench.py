@@ -129,7 +129,7 @@ def our_step(config, recipe, corpus, cores, device, dtype):
     with evaluate.multiplying_in(dtype, device) as dtype:
         model = Transformer(config, kernels, dtype).init_weights(0).to(device)
     parameters = list(model.parameters())
-    optimizer = train.make_optimizer(parameters, recipe)
+    optimizer = train.make_optimizer(model, recipe)
     ranks, steps = Ranks(device), iter(range(10**9))
     n_tokens = recipe.n_rows * config.n_ctx
 

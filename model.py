@@ -83,7 +83,7 @@ SCALES = {
     "mini": {
         "d_model": 128, "n_heads": 2, "d_head": 64, "n_ctx": 512,
         "position_scale": 4.0, "position_base": 10_000.0, "position_max_frequency": 2.5,
-        "init_embed": 0.005, "init_value": 0.2, "init_later": 0.2,
+        "init_embed": 1.0, "init_value": 0.1, "init_later": 0.2,
     },
     "small": {"d_model": 768, "n_heads": 12, "d_head": 64, "n_ctx": 1024},
     "paper": {"d_model": 768, "n_heads": 12, "d_head": 64, "n_ctx": 8192},

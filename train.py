@@ -47,6 +47,7 @@ class Recipe:
     n_snapshots: int
     n_examples: int  # that every snapshot is measured on
     n_final_examples: int  # the last one, and those where the phase change starts and ends
+    embed_factor: float = 1.0  # on the learning rate of W_E
     whole: float = 1.0  # the share of examples that is measured at every position
     weight_decay_later: tuple[int, float] | None = None  # (step, weight decay from there on)
 
@@ -55,7 +56,7 @@ RECIPES = {
     "mini": Recipe(
         n_rows=8, n_tokens=8_000_000, learning_rate=2e-3, warmup_tokens=100_000,
         weight_decay=0.01, betas=(0.9, 0.98), n_snapshots=90, n_examples=72, n_final_examples=400,
-        whole=0.25,
+        embed_factor=40.0, whole=0.25,
     ),
     "small": Recipe(
         n_rows=32, n_tokens=500_000_000, learning_rate=1e-3, warmup_tokens=5_000_000,
@@ -222,16 +223,16 @@ def loss_and_gradient(model, parameters, inputs, targets, n_tokens, cores, ranks
     return total
 
 
-def make_optimizer(parameters, recipe):
-    matrices = [p for p in parameters if p.dim() > 1]
-    vectors = [p for p in parameters if p.dim() <= 1]
+def make_optimizer(model, recipe):
+    embed = model.embed["W_E"]
+    matrices = [p for p in model.parameters() if p.dim() > 1 and p is not embed]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
     groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": recipe.weight_decay, "factor": 1.0},
+        {"params": [embed], "weight_decay": recipe.weight_decay, "factor": recipe.embed_factor},
+        {"params": vectors, "weight_decay": 0.0, "factor": 1.0},
     ]
-    return torch.optim.AdamW(
-        groups, lr=recipe.learning_rate, betas=recipe.betas, eps=1e-8, fused=True
-    )
+    return torch.optim.AdamW(groups, betas=recipe.betas, eps=1e-8, fused=True)
 
 
 def update(optimizer, parameters, gradient, recipe, step, tokens):
@@ -244,10 +245,12 @@ def update(optimizer, parameters, gradient, recipe, step, tokens):
         parameters, gradient.split([p.numel() for p in parameters]), strict=True
     ):
         parameter.grad = part.view_as(parameter)
+    learning_rate = recipe.learning_rate * min(1, tokens / recipe.warmup_tokens)
     for group in optimizer.param_groups:
-        group["lr"] = recipe.learning_rate * min(1, tokens / recipe.warmup_tokens)
+        group["lr"] = learning_rate * group["factor"]
     if recipe.weight_decay_later and step == recipe.weight_decay_later[0]:
-        optimizer.param_groups[0]["weight_decay"] = recipe.weight_decay_later[1]
+        for group in optimizer.param_groups[:2]:  # those of matrices
+            group["weight_decay"] = recipe.weight_decay_later[1]
     optimizer.step()
     return norm.item()
 
@@ -277,7 +280,7 @@ def train(args, ranks, dtype):
     examples = draw_examples(corpus, recipe.n_examples, recipe.whole).to(args.device)
     model = Transformer(config, args.kernels, dtype).init_weights(args.seed).to(args.device)
     parameters = list(model.parameters())
-    optimizer = make_optimizer(parameters, recipe)
+    optimizer = make_optimizer(model, recipe)
 
     # the losses follow from these and from nothing else
     identity = {

@@ -76,8 +76,9 @@ def test_fifty_steps_of_training_give_the_same_curve(corpus):
     recipe, curves = train.RECIPES["mini"], []
     for kernels in ("torch", "triton"):
         model = Transformer(config_for("mini", 2, True, 1024, smear=True), kernels)
-        parameters = list(model.init_weights(0).to(gpu).parameters())
-        optimizer, losses = train.make_optimizer(parameters, recipe), []
+        model.init_weights(0).to(gpu)
+        parameters = list(model.parameters())
+        optimizer, losses = train.make_optimizer(model, recipe), []
         for step in range(50):
             batch = [part.to(gpu) for part in training_batch(corpus, 512, 8, seed=0, step=step)]
             total = train.loss_and_gradient(
