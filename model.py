@@ -77,8 +77,10 @@ class ModelConfig:
 # The three sizes of the small series. mini trains in minutes on two CPU cores; small on one GPU;
 # paper is the paper's own. d_head is 64 everywhere: it is the one size that the phase change
 # depends on most when models shrink. mini's initial weights make the change come sooner and in more
-# seeds: heads that move something from the start, and a first layer that moves more than the
-# second, so that the previous-token head forms below the head that needs it.
+# seeds: a head of the first layer writes about as much as an embedding holds, so that what comes
+# later can read both, and more than a head of the second layer does, so that the previous-token
+# head forms below the head that needs it. Embeddings of that size need a learning rate of their own
+# (embed_factor in train.py).
 SCALES = {
     "mini": {
         "d_model": 128, "n_heads": 2, "d_head": 64, "n_ctx": 512,

@@ -67,10 +67,12 @@ class Progress:
         self.shown_at, self.shown_step, self.losses = now, step, []
 
     def after_snapshot(self):
-        change = evaluate.find_phase_change(self.records)
+        # metrics.phase_change leaves out the first 2 % of training, too: of that up to now
+        records = [record for record in self.records if record["step"] >= self.n_steps / 50]
+        change = records and evaluate.find_phase_change(records)
         # four snapshots later the smoothed score no longer changes
-        if change and not self.announced and change[1] < len(self.records) - 5:
-            start, end = (self.records[n] for n in change)
+        if change and not self.announced and change[1] < len(records) - 5:
+            start, end = (records[n] for n in change)
             self.announced = True
             self.say(
                 f"the phase change has come, from {start['tokens'] / 1e6:.2f}M to"

@@ -23,8 +23,9 @@ import evaluate
 import records
 import train
 from corpora import open_corpus
+from model import Transformer, config_for
 from parallel import Ranks
-from progress import Clock, commit_of
+from progress import Clock, Progress, commit_of
 from records import RunFolder, read_records
 from safety import BadInput
 from snapshots import load_snapshot
@@ -520,3 +521,43 @@ def test_a_damaged_run_is_refused(workplace, text_file, capsys, name):
     capsys.readouterr()
     assert train.main(flags(text_file, "--resume", steps=2)) == 2
     assert "damaged" in one_line(capsys)
+
+
+def test_embeddings_learn_at_their_own_rate_and_only_matrices_decay():
+    """One step of AdamW by hand: at first it moves every weight that has a gradient by the learning
+    rate, and takes learning rate times decay off it.
+    """
+    config = dataclasses.replace(config_for("mini", 1, True, 50), n_ctx=8)
+    recipe = dataclasses.replace(
+        RECIPES["mini"],
+        learning_rate=1e-2, warmup_tokens=100, weight_decay=0.5, weight_decay_later=(1, 0.25),
+    )  # fmt: skip
+    model = Transformer(config).init_weights(0)
+    parameters = list(model.parameters())
+    optimizer = train.make_optimizer(model, recipe)
+    for step, rate, decay in (0, 5e-3, 0.5), (1, 1e-2, 0.25):  # the first in warm-up
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        gradient = torch.ones(sum(p.numel() for p in parameters))
+        train.update(optimizer, parameters, gradient, recipe, step, tokens=50 * (step + 1))
+        for name, p in model.named_parameters():
+            of_it = rate * (40 if name == "embed.W_E" else 1)
+            expected = before[name] * (1 - of_it * decay * (p.dim() > 1)) - of_it
+            torch.testing.assert_close(p.detach(), expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_dip_of_the_first_steps_is_not_announced_as_the_phase_change():
+    """As in a run of the miniature: in-context learning between bands is at -0.13 after 30 of 1,953
+    steps, back at -0.06 soon, and comes for good much later.
+    """
+    steps = snapshot_steps(1953, 90)
+    scores = np.interp(
+        steps, [0, 10, 30, 90, 700, 1200, 1953], [0, 0, -0.13, -0.06, -0.06, -0.4, -0.4]
+    )
+    head = {"prefix_matching": np.zeros((1, 1)), "previous_token": np.zeros((1, 1))}
+    said, seen = [], []
+    progress = Progress(said.append, seen, 0, 1953)
+    for step, score in zip(steps, scores, strict=True):
+        seen.append({"step": step, "tokens": step * 4096, "icl_band_score": score, **head})
+        progress.after_snapshot()
+    (announced,) = said
+    assert announced.startswith("the phase change has come, from 2.")
