@@ -531,6 +531,7 @@ def test_embeddings_learn_at_their_own_rate_and_only_matrices_decay():
     recipe = dataclasses.replace(
         RECIPES["mini"],
         learning_rate=1e-2, warmup_tokens=100, weight_decay=0.5, weight_decay_later=(1, 0.25),
+        embed_factor=40,
     )  # fmt: skip
     model = Transformer(config).init_weights(0)
     parameters = list(model.parameters())
