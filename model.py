@@ -76,16 +76,16 @@ class ModelConfig:
 
 # The three sizes of the small series. mini trains in minutes on two CPU cores; small on one GPU;
 # paper is the paper's own. d_head is 64 everywhere: it is the one size that the phase change
-# depends on most when models shrink. mini's initial weights make the change come sooner and in more
-# seeds: a head of the first layer writes about as much as an embedding holds, so that what comes
-# later can read both, and more than a head of the second layer does, so that the previous-token
-# head forms below the head that needs it. Embeddings of that size need a learning rate of their own
-# (embed_factor in train.py).
+# depends on most when models shrink. mini starts so that the change comes soon and in every seed: a
+# head of the first layer writes about as much as an embedding holds, so that what comes later can
+# read both, and heads of later layers next to nothing, so that the previous-token head forms below
+# the head that needs it. The slowest wave of the positions is a little longer than the context.
+# Embeddings of that size need a learning rate of their own (embed_factor in train.py).
 SCALES = {
     "mini": {
         "d_model": 128, "n_heads": 2, "d_head": 64, "n_ctx": 512,
-        "position_scale": 4.0, "position_base": 10_000.0, "position_max_frequency": 2.5,
-        "init_embed": 1.0, "init_value": 0.1, "init_later": 0.2,
+        "position_scale": 4.0, "position_base": 300.0, "position_max_frequency": 2.5,
+        "init_embed": 1.0, "init_value": 0.1, "init_later": 0.05,
     },
     "small": {"d_model": 768, "n_heads": 12, "d_head": 64, "n_ctx": 1024},
     "paper": {"d_model": 768, "n_heads": 12, "d_head": 64, "n_ctx": 8192},
