@@ -56,7 +56,7 @@ RECIPES = {
     "mini": Recipe(
         n_rows=8, n_tokens=8_000_000, learning_rate=2e-3, warmup_tokens=100_000,
         weight_decay=0.01, betas=(0.9, 0.98), n_snapshots=90, n_examples=72, n_final_examples=400,
-        embed_factor=40.0, whole=0.25,
+        embed_factor=160.0, whole=0.25,
     ),
     "small": Recipe(
         n_rows=32, n_tokens=500_000_000, learning_rate=1e-3, warmup_tokens=5_000_000,
