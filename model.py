@@ -76,11 +76,11 @@ class ModelConfig:
 
 # The three sizes of the small series. mini trains in minutes on two CPU cores; small on one GPU;
 # paper is the paper's own. d_head is 64 everywhere: it is the one size that the phase change
-# depends on most when models shrink. mini starts so that the change comes soon and in every seed: a
-# head of the first layer writes about as much as an embedding holds, so that what comes later can
-# read both, and heads of later layers next to nothing, so that the previous-token head forms below
-# the head that needs it. The slowest wave of the positions is a little longer than the context.
-# Embeddings of that size need a learning rate of their own (embed_factor in train.py).
+# depends on most when models shrink. mini starts so that the change comes soon, though not in every
+# seed: a head of the first layer writes about as much as an embedding holds, so that what comes
+# later can read both, and heads of later layers next to nothing, so that the previous-token head
+# forms below the head that needs it. The slowest wave of the positions is a little longer than the
+# context. Embeddings of that size need a learning rate of their own (embed_factor in train.py).
 SCALES = {
     "mini": {
         "d_model": 128, "n_heads": 2, "d_head": 64, "n_ctx": 512,
