@@ -188,16 +188,20 @@ def test_initial_weights_depend_on_the_seed_alone():
 
 
 def test_initial_weights_have_the_deviations_of_the_configuration():
-    config = dataclasses.replace(SMALL, init_embed=0.5, init_value=2.0, init_later=0.25)
+    config = dataclasses.replace(SMALL, init_embed=0.5, init_value=2.0, init_gain_later=4.0)
     model = Transformer(config).init_weights(0)
     expected = {
         "embed.W_E": 0.5, "unembed.W_U": 0.02,
         "blocks.0.attn.W_Q": 0.02, "blocks.0.attn.W_V": 2.0, "blocks.0.attn.W_O": 2.0,
-        "blocks.1.attn.W_K": 0.02, "blocks.1.attn.W_V": 2.0, "blocks.1.attn.W_O": 0.5,
+        "blocks.1.attn.W_K": 0.02, "blocks.1.attn.W_V": 2.0, "blocks.1.attn.W_O": 2.0,
         "blocks.1.mlp.W_in": 0.02,
     }  # fmt: skip
     for name, deviation in expected.items():
         assert model.state_dict()[name].std() == pytest.approx(deviation, rel=0.1), name
+    later = {"blocks.1.ln1.w", "blocks.2.ln1.w"}
+    for name, gains in model.state_dict().items():
+        if name.endswith(".w"):
+            assert set(gains.tolist()) == {4.0 if name in later else 1.0}, name
 
 
 def test_weights_have_the_names_and_shapes_of_transformer_lens():
