@@ -55,7 +55,8 @@ class ModelConfig:
     # deviations of the initial weights: W_E; W_V and W_O. All other matrices start with 0.02.
     init_embed: float = 0.02
     init_value: float = 0.02
-    # at first, of the LayerNorm before attention in all layers but the first
+    # at first, of the LayerNorm before attention in all layers but the first, whose W_O is divided
+    # by it, so that what heads write does not grow
     init_gain_later: float = 1.0
 
     def __post_init__(self):
@@ -275,6 +276,7 @@ class Transformer(nn.Module):
                 parameter.data.copy_(values)
         for block in self.blocks[1:]:
             block.ln1.w.data.fill_(self.config.init_gain_later)
+            block.attn.W_O.data /= self.config.init_gain_later
         return self
 
     def residual(self, tokens, hook=None, pattern=True, at=None):

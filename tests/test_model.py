@@ -193,7 +193,7 @@ def test_initial_weights_have_the_deviations_of_the_configuration():
     expected = {
         "embed.W_E": 0.5, "unembed.W_U": 0.02,
         "blocks.0.attn.W_Q": 0.02, "blocks.0.attn.W_V": 2.0, "blocks.0.attn.W_O": 2.0,
-        "blocks.1.attn.W_K": 0.02, "blocks.1.attn.W_V": 2.0, "blocks.1.attn.W_O": 2.0,
+        "blocks.1.attn.W_K": 0.02, "blocks.1.attn.W_V": 2.0, "blocks.1.attn.W_O": 0.5,
         "blocks.1.mlp.W_in": 0.02,
     }  # fmt: skip
     for name, deviation in expected.items():
