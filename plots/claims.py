@@ -49,7 +49,7 @@ def in_context_learning_appears(runs):
 
     def speed(run):
         """After the window, by that in it."""
-        if not run.window:
+        if not run.window or run.window[1] >= run.millions[-1]:  # nothing comes after it
             return NONE
         start, stop = run.window
         within = (after[run.name] - before[run.name]) / (stop - start)

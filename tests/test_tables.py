@@ -137,6 +137,12 @@ def test_a_change_that_training_cuts_off_has_no_speed_afterwards(tmp_path):
     found = [str(c) for c in BY_NAME["Q15"].judge(load_all(world))]
     assert "after, width: no records" in found and "before, width: no records" in found
 
+    summary = json.loads((world / "2L" / "summary.json").read_text())
+    summary["phase_change"]["end_tokens"] = int(last)
+    (world / "2L" / "summary.json").write_text(json.dumps(summary))
+    speed = {c.what: c.holds for c in BY_NAME["Q1"].judge(load_all(world))}["speed afterwards"]
+    assert [name for name, holds in speed.items() if not holds] == ["2L"]
+
 
 @pytest.mark.parametrize("name", BY_NAME)
 def test_without_runs_there_are_no_records(name):
