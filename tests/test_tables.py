@@ -57,7 +57,7 @@ def test_heads_that_do_one_or_the_other_are_no_induction_heads(tmp_path):
         ("Q1", "end", -0.41, -0.6),
         ("Q1", "window", True, False),
         ("Q2", "before", -0.08, -0.1),
-        ("Q3", "apart", -2, 3),
+        ("Q3", "apart", -3, 4),
         ("Q4", "one_window", False, True),
         ("Q4", "one_prefix", 0.39, 0.4),
         ("Q4", "late_bump", 0.0, 0.3),
