@@ -52,11 +52,12 @@ class ModelConfig:
     position_scale: float = 1.0
     position_base: float = 10_000.0
     position_max_frequency: float = 1.0
-    # deviations of the initial weights: W_E; W_V and W_O; the factor on W_O of all layers but the
-    # first. All other matrices start with 0.02.
+    # deviations of the initial weights: W_E; W_V and W_O. All other matrices start with 0.02.
     init_embed: float = 0.02
     init_value: float = 0.02
-    init_later: float = 1.0
+    # at first, of the LayerNorm before attention in all layers but the first, whose W_O is divided
+    # by it, so that what heads write does not grow
+    init_gain_later: float = 1.0
 
     def __post_init__(self):
         for name in ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "n_ctx", "d_vocab"):
@@ -76,14 +77,17 @@ class ModelConfig:
 
 # The three sizes of the small series. mini trains in minutes on two CPU cores; small on one GPU;
 # paper is the paper's own. d_head is 64 everywhere: it is the one size that the phase change
-# depends on most when models shrink. mini's initial weights make the change come sooner and in more
-# seeds: heads that move something from the start, and a first layer that moves more than the
-# second, so that the previous-token head forms below the head that needs it.
+# depends on most when models shrink. mini starts so that the change comes soon. A head of the first
+# layer writes about as much as an embedding holds, so that what comes later can read both. The
+# first layer sees the positions best, several times as large as its input, and finds the previous
+# token by them; in later layers what earlier ones wrote is as large, so that they match by it. The
+# slowest wave of the positions is a little longer than the context. Embeddings and gains of that
+# size need a learning rate of their own (vector_factor in train.py).
 SCALES = {
     "mini": {
         "d_model": 128, "n_heads": 2, "d_head": 64, "n_ctx": 512,
-        "position_scale": 4.0, "position_base": 10_000.0, "position_max_frequency": 2.5,
-        "init_embed": 0.005, "init_value": 0.2, "init_later": 0.2,
+        "position_scale": 4.0, "position_base": 300.0, "position_max_frequency": 2.5,
+        "init_embed": 1.0, "init_value": 0.1, "init_gain_later": 4.0,
     },
     "small": {"d_model": 768, "n_heads": 12, "d_head": 64, "n_ctx": 1024},
     "paper": {"d_model": 768, "n_heads": 12, "d_head": 64, "n_ctx": 8192},
@@ -259,8 +263,8 @@ class Transformer(nn.Module):
         self.register_buffer("positions", sinusoid(config), persistent=False)  # [n_ctx, d_model]
 
     def init_weights(self, seed):
-        """Matrices normal with the configuration's deviations, gains 1, biases 0; the same weights
-        for the same seed on every device.
+        """Matrices normal with the configuration's deviations, gains 1 but for init_gain_later,
+        biases 0; the same weights for the same seed on every device.
         """
         generator = torch.Generator().manual_seed(seed)
         value = self.config.init_value
@@ -271,7 +275,8 @@ class Transformer(nn.Module):
                 values = torch.randn(parameter.shape, generator=generator) * deviation
                 parameter.data.copy_(values)
         for block in self.blocks[1:]:
-            block.attn.W_O.data *= self.config.init_later
+            block.ln1.w.data.fill_(self.config.init_gain_later)
+            block.attn.W_O.data /= self.config.init_gain_later
         return self
 
     def residual(self, tokens, hook=None, pattern=True, at=None):

@@ -46,7 +46,7 @@ class Scale:
 
 SCALES = {
     "mini": Scale(
-        "mini", 8_000_000, 8 * 512, d_model=128, d_vocab=1024, widths=(64, 192),
+        "mini", 6_000_000, 8 * 512, d_model=128, d_vocab=1024, widths=(64, 192),
         snapshots=24, examples=300, ablated=10, ablation_examples=200,
     ),
     "small": Scale(

@@ -47,16 +47,16 @@ class Recipe:
     n_snapshots: int
     n_examples: int  # that every snapshot is measured on
     n_final_examples: int  # the last one, and those where the phase change starts and ends
-    embed_factor: float = 1.0  # on the learning rate of W_E
+    vector_factor: float = 1.0  # on the learning rate of W_E, gains and biases
     whole: float = 1.0  # the share of examples that is measured at every position
     weight_decay_later: tuple[int, float] | None = None  # (step, weight decay from there on)
 
 
 RECIPES = {
     "mini": Recipe(
-        n_rows=8, n_tokens=8_000_000, learning_rate=2e-3, warmup_tokens=100_000,
+        n_rows=8, n_tokens=6_000_000, learning_rate=2e-3, warmup_tokens=100_000,
         weight_decay=0.01, betas=(0.9, 0.98), n_snapshots=90, n_examples=72, n_final_examples=400,
-        whole=0.25,
+        vector_factor=40.0, whole=0.25,
     ),
     "small": Recipe(
         n_rows=32, n_tokens=500_000_000, learning_rate=1e-3, warmup_tokens=5_000_000,
@@ -229,8 +229,8 @@ def make_optimizer(model, recipe):
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     groups = [
         {"params": matrices, "weight_decay": recipe.weight_decay, "factor": 1.0},
-        {"params": [embed], "weight_decay": recipe.weight_decay, "factor": recipe.embed_factor},
-        {"params": vectors, "weight_decay": 0.0, "factor": 1.0},
+        {"params": [embed], "weight_decay": recipe.weight_decay, "factor": recipe.vector_factor},
+        {"params": vectors, "weight_decay": 0.0, "factor": recipe.vector_factor},
     ]
     return torch.optim.AdamW(groups, betas=recipe.betas, eps=1e-8, fused=True)
 

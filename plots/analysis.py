@@ -140,14 +140,14 @@ def loss_to_last(loss_by_position):
     return centres, binned[..., -1:] - binned
 
 
-def gap_share(small, large, position=10):
+def gap_share(small, large, position=10, least=0.01):
     """Share of the gap between two models' losses by position, averaged over the last quarter of
     the context, that is there by the given position (a mean over five); nan if the large model is
-    no better.
+    better by less than `least` nats: of no gap there is no share.
     """
     gap = small - large
     last = gap[-len(gap) // 4 :].mean()
-    return gap[position - 3 : position + 2].mean() / last if last > 0 else np.nan
+    return gap[position - 3 : position + 2].mean() / last if last >= least else np.nan
 
 
 # --- over heads

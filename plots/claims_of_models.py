@@ -218,7 +218,7 @@ def same_curve_for_all_sizes(runs):
 @claim(
     name="Q14 (F17)",
     words="Most of a large model's lead is there by the 10th token",
-    counts="more than half of each smaller model's gap to the largest",
+    counts="more than half of each smaller model's gap to the largest, which is 0.01 nats or more",
     paper="formed in the first 10 tokens, then flat",
     figure="sizes-width",
     command="plots/sizes.py {runs}/2L {runs}/2L-d*",

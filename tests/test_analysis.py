@@ -127,6 +127,7 @@ def test_share_of_a_gap_by_the_tenth_token():
     gap = np.where(np.arange(1, 513) < 100, 0.3, 0.4)
     assert analysis.gap_share(large + gap, large) == pytest.approx(0.75)
     assert np.isnan(analysis.gap_share(large, large + gap))
+    assert np.isnan(analysis.gap_share(large + 0.009, large))
 
 
 def test_positive_share_counts_what_is_positive_alone():

@@ -188,7 +188,7 @@ def test_initial_weights_depend_on_the_seed_alone():
 
 
 def test_initial_weights_have_the_deviations_of_the_configuration():
-    config = dataclasses.replace(SMALL, init_embed=0.5, init_value=2.0, init_later=0.25)
+    config = dataclasses.replace(SMALL, init_embed=0.5, init_value=2.0, init_gain_later=4.0)
     model = Transformer(config).init_weights(0)
     expected = {
         "embed.W_E": 0.5, "unembed.W_U": 0.02,
@@ -198,6 +198,10 @@ def test_initial_weights_have_the_deviations_of_the_configuration():
     }  # fmt: skip
     for name, deviation in expected.items():
         assert model.state_dict()[name].std() == pytest.approx(deviation, rel=0.1), name
+    later = {"blocks.1.ln1.w", "blocks.2.ln1.w"}
+    for name, gains in model.state_dict().items():
+        if name.endswith(".w"):
+            assert set(gains.tolist()) == {4.0 if name in later else 1.0}, name
 
 
 def test_weights_have_the_names_and_shapes_of_transformer_lens():

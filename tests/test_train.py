@@ -523,7 +523,7 @@ def test_a_damaged_run_is_refused(workplace, text_file, capsys, name):
     assert "damaged" in one_line(capsys)
 
 
-def test_embeddings_learn_at_their_own_rate_and_only_matrices_decay():
+def test_embeddings_and_vectors_learn_at_their_own_rate_and_only_matrices_decay():
     """One step of AdamW by hand: at first it moves every weight that has a gradient by the learning
     rate, and takes learning rate times decay off it.
     """
@@ -531,7 +531,7 @@ def test_embeddings_learn_at_their_own_rate_and_only_matrices_decay():
     recipe = dataclasses.replace(
         RECIPES["mini"],
         learning_rate=1e-2, warmup_tokens=100, weight_decay=0.5, weight_decay_later=(1, 0.25),
-        embed_factor=40,
+        vector_factor=40,
     )  # fmt: skip
     model = Transformer(config).init_weights(0)
     parameters = list(model.parameters())
@@ -541,7 +541,7 @@ def test_embeddings_learn_at_their_own_rate_and_only_matrices_decay():
         gradient = torch.ones(sum(p.numel() for p in parameters))
         train.update(optimizer, parameters, gradient, recipe, step, tokens=50 * (step + 1))
         for name, p in model.named_parameters():
-            of_it = rate * (40 if name == "embed.W_E" else 1)
+            of_it = rate * (40 if name == "embed.W_E" or p.dim() == 1 else 1)
             expected = before[name] * (1 - of_it * decay * (p.dim() > 1)) - of_it
             torch.testing.assert_close(p.detach(), expected, rtol=1e-4, atol=1e-5, msg=name)
 
