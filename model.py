@@ -55,8 +55,8 @@ class ModelConfig:
     # deviations of the initial weights: W_E; W_V and W_O. All other matrices start with 0.02.
     init_embed: float = 0.02
     init_value: float = 0.02
-    # at first, of the LayerNorm before attention in all layers but the first, whose W_O is divided
-    # by it, so that what heads write does not grow
+    # the gain, at first, of the LayerNorm before attention in all layers but the first, whose W_O
+    # is divided by it, so that what heads write does not grow
     init_gain_later: float = 1.0
 
     def __post_init__(self):

@@ -167,5 +167,10 @@ def window_in_tokens(run):
     return change and (change["start_tokens"], change["end_tokens"])
 
 
+def is_over(run):
+    """Whether its phase change has an afterwards: training went on."""
+    return run.window is not None and run.window[1] < run.millions[-1]
+
+
 def loss_curve(run):
     return run.measurements["tokens"], run.measurements["loss"]

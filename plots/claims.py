@@ -24,6 +24,7 @@ from plots.checks import (
     evaluated,
     examples,
     having,
+    is_over,
     loss_curve,
     scores,
     shallow,
@@ -49,7 +50,7 @@ def in_context_learning_appears(runs):
 
     def speed(run):
         """After the window, by that in it."""
-        if not run.window or run.window[1] >= run.millions[-1]:  # nothing comes after it
+        if not is_over(run):
             return NONE
         start, stop = run.window
         within = (after[run.name] - before[run.name]) / (stop - start)
@@ -81,7 +82,7 @@ def most_forms_in_the_window(runs):
 @claim(
     name="Q3",
     words="Prefix matching and in-context learning come at the same time",
-    counts="half way within 3 snapshots of each other",
+    counts="half way within 2 snapshots of each other",
     paper="the same window, 2.5 to 5 billion tokens",
     figure="phase-change-attention-only",
     command="plots/phase_change.py {runs}/[1-6]L",
@@ -94,7 +95,7 @@ def they_come_together(runs):
         return change["icl_half_way_snapshot"] - change["prefix_matching_half_way_snapshot"]
 
     changed = [run for run in deep(runs) if run.window]
-    yield check("snapshots apart", by_name(deep(runs), apart), lambda n: abs(n) <= 3, "+.0f")
+    yield check("snapshots apart", by_name(deep(runs), apart), lambda n: abs(n) <= 2, "+.0f")
     yield check("windows from (M tokens)", by_name(changed, lambda run: run.window[0]), form=".1f")
     yield check("until", by_name(changed, lambda run: run.window[1]), form=".1f")
 

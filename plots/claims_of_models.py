@@ -18,6 +18,7 @@ from plots.checks import (
     evaluated,
     families,
     having,
+    is_over,
     loss_curve,
     scores,
     size,
@@ -269,10 +270,6 @@ def order_inverts(runs):
     def order(models, when):
         curves, windows = ([of(run) for run in models] for of in (loss_curve, window_in_tokens))
         return analysis.order_of_learning([*map(size, models)], curves, windows)[when]
-
-    def is_over(run):  # and has an afterwards
-        window, (tokens, _) = window_in_tokens(run), loss_curve(run)
-        return window and window[1] < tokens[-1]
 
     found = families({name: run for name, run in runs.items() if is_over(run)}, least=3)
     before = {f"before, {name}": models for name, models in found.items()}
