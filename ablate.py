@@ -12,7 +12,7 @@ ablated minus clean, on the same examples, so that errors are those of paired di
     band attribution     the same between bands of positions, with less noise (metrics.band_score)
     loss change          of the mean loss
     before-and-after     of the per-token losses, along the vector from the start to the end of the
-                         phase change; negative: without the head the change is undone
+                         phase change, as a share of it; -1: without the head it is undone
 
 How it is computed: sweep.py. A run's records are written after every snapshot, and the same command
 goes on where an interrupted one was.
@@ -245,7 +245,8 @@ def report(setup, records, path):
     print(
         f"{path}: after {last['step']:,} steps, {last['tokens'] / 1e6:.2f}M tokens\n"
         f"patterns {settings['patterns']}, results replaced by {settings['replacement']},"
-        f" LayerNorm {settings['layernorm']}; {last['examples']:,} examples; nats, +- standard"
+        f" LayerNorm {settings['layernorm']}; {last['examples']:,} examples; nats"
+        f"{', before and after as a share' if 'before_and_after' in last else ''}, +- standard"
         " error of the paired difference\n"
         f"clean   loss {last['loss']:.3f}, in-context learning score {pair(last, 'icl_score')}"
         f" (token {metrics.LATE} minus token {metrics.EARLY})"
@@ -328,11 +329,10 @@ def answer(setup, records):
     ]
     if setup.window:
         after = next(record for record in records if record["step"] == setup.window[1])
-        dot = after["together_before_and_after"][0]
+        undone, error = (after[f"together_before_and_after{end}"][0] for end in ("", "_error"))
         sentences.append(
-            f"at the end of the phase change, ablating {name} moves the per-token losses"
-            f" {pair(after, 'together_before_and_after', 0)} along the before-and-after vector,"
-            f" {'back' if dot < 0 else 'on'} by {abs(dot) / setup.way:.0%} of its length"
+            f"at the end of the phase change, ablating {name} undoes {-undone:.0%} +- {error:.0%}"
+            " of what it did to the per-token losses"
         )
     return "; ".join(sentences)
 

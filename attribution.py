@@ -45,8 +45,8 @@ class Ablations:
         if args.no_bands:
             keep = [self.scored.index(n) for n in (metrics.EARLY, metrics.LATE)]
             self.scored, self.at = [metrics.EARLY, metrics.LATE], self.at[:, [*keep, -1]]
-        # of the phase change, which only a run has: steps, direction and length
-        self.window, self.vector, self.way = (), None, None
+        # of the phase change, which only a run has: its steps and the before-and-after vector
+        self.window, self.vector = (), None
 
     def settings(self):
         """All that decides a snapshot's record."""
@@ -77,7 +77,7 @@ class Ablations:
             model, about = self.load(path)
             losses.append(self.losses(model, [[]])[0, :, -1])
             self.window.append(about["step"])
-        self.vector, self.way = metrics.before_and_after_vector(*losses)
+        self.vector = metrics.before_and_after_vector(*losses)
 
     def record(self, model, progress):
         """One snapshot's record, nats: the clean run's scores, and the quantities of the module

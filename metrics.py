@@ -43,17 +43,20 @@ def mean_and_error(values):
 
 def before_and_after_vector(start, end):
     """What the phase change does to each token: per-token losses [example] at its start and its
-    end -> (the unit vector from one to the other, its length before that) (Argument 3).
+    end -> the vector from one to the other [example], of such a length that its dot product with
+    their difference is 1 (Argument 3).
     """
     change = end - start
-    return change / change.norm(), change.norm().item()
+    return change / change.square().sum()
 
 
 def before_and_after_attribution(change, vector):
     """How far an ablation's change of the per-token losses goes along the before-and-after vector:
     both [example] -> (dot product, its standard error over the examples).
 
-    Negative: without the head, losses go back to what they were before the phase change.
+    In shares of what the phase change did, the same for any number of examples: the paper's dot
+    product with a unit vector, by the length of the change. -1: without the head all of it is
+    undone; positive: there is more of it.
     """
     products = change * vector
     return products.sum().item(), (products.std() * len(products) ** 0.5).item()

@@ -12,7 +12,8 @@ One column a model, the rows of the paper's table ("Model analysis"):
     R7  trace of each head's QK circuit with what the layers before it tell a key of the token
         before: how much higher a matching key scores (circuits.py: all paths; the paper's is of
         the embedding alone)
-    R8  ablation of each head: its change of the losses along the before-and-after vector
+    R8  ablation of each head: its change of the losses along the before-and-after vector, which is
+        as long as the phase change's
     R9  ablation of each head: its change of the in-context learning score, between bands
 
 The paper has R2 to R5 alone for smeared keys and for the second corpus.

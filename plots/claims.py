@@ -283,4 +283,4 @@ def ablating_undoes_it(runs):
                 ablations[key][at][head] for key in ("before_and_after", "before_and_after_error")
             )
             below[name] = bool(dots[name] + 2 * error < 0)
-    yield Check("nats along the vector", dots, below, "+.1f")
+    yield Check("by its length", dots, below, "+.0%")

@@ -288,6 +288,6 @@ ROWS = {
     "R5": Row("in-context learning\nscore (nats)", draw_score),
     "R6": Row("prefix matching\nof each head", draw_heads),
     "R7": Row("QK trace / vocabulary\nof each head (nats)", draw_traces),
-    "R8": Row("ablation: along before-\nand-after vector (nats)", draw_before_and_after),
+    "R8": Row("ablation: share of the\nphase change (-1: undone)", draw_before_and_after),
     "R9": Row("ablation: change of\nICL score (nats)", draw_icl_attribution),
 }

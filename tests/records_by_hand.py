@@ -35,7 +35,7 @@ GOOD = {
     "attribution": 0.3,  # of that head, and of all others
     "other_attribution": -0.01,
     "left": 0.0,
-    "along": -10.0,  # the before-and-after vector, with an error of 1
+    "along": -1.0,  # the before-and-after vector, with an error of 0.1
     "layer": -1,  # where that head is
     "mlp_layer": -2,
     "eigenvalues": 1.0,  # their sum, by the score that they should agree with
@@ -73,7 +73,7 @@ WORST = GOOD | {
     "attribution": 0.1,
     "other_attribution": 0.3,
     "left": -0.4,
-    "along": 5.0,
+    "along": 0.5,
     "layer": 0,
     "mlp_layer": 0,
     "eigenvalues": -1.0,
@@ -232,7 +232,7 @@ def write_ablations(folder, knobs, heads, n_layers):
         icl_band_score=np.full(len(EVALUATED), -0.4),
         together_band_attribution=together,
         before_and_after=along,
-        before_and_after_error=np.ones_like(along),
+        before_and_after_error=np.full_like(along, 0.1),
     )
 
 

@@ -236,7 +236,7 @@ def test_a_run_is_ablated_with_its_before_and_after_vector(run, command, corpus,
         weights = torch.load(run / "snapshots" / f"step_{step:07d}.pt", weights_only=True)
         model.load_state_dict(weights["weights"])
         own.append(losses_with(model, examples, [])[range(6), examples.scored[:, -1]])
-    vector = (own[1] - own[0]) / np.linalg.norm(own[1] - own[0])
+    vector = (own[1] - own[0]) / ((own[1] - own[0]) ** 2).sum()
     model.load_state_dict(
         torch.load(run / "snapshots" / "step_0000240.pt", weights_only=True)["weights"]
     )
@@ -246,7 +246,7 @@ def test_a_run_is_ablated_with_its_before_and_after_vector(run, command, corpus,
         assert records[-1]["before_and_after"][head] == pytest.approx(products.sum(), abs=1e-3)
         error = products.std(ddof=1) * 6**0.5
         assert records[-1]["before_and_after_error"][head] == pytest.approx(error, abs=1e-3)
-    assert "along the before-and-after vector" in out
+    assert "of what it did to the per-token losses" in out
 
 
 def test_an_interrupted_sweep_goes_on(run, command, monkeypatch, capsys):
@@ -376,11 +376,13 @@ def test_a_model_that_diverged_is_one_line(corpus, text_file, command, tmp_path,
 
 
 def test_before_and_after_by_hand():
-    vector, length = metrics.before_and_after_vector(
-        torch.tensor([3.0, 3]), torch.tensor([0.0, -1])
-    )
-    assert length == pytest.approx(5) and vector.tolist() == pytest.approx([-0.6, -0.8])
-    dot, error = metrics.before_and_after_attribution(torch.tensor([3.0, 4.0]), vector)
-    assert dot == pytest.approx(-5)  # all the way back
-    # products -1.8 and -3.2: their sum varies by sqrt(2) of their deviation
-    assert error == pytest.approx(2**0.5 * 1.4 / 2**0.5)
+    start, end = torch.tensor([3.0, 3.0]), torch.tensor([0.0, -1.0])
+    vector = metrics.before_and_after_vector(start, end)
+    assert vector.tolist() == pytest.approx([-3 / 25, -4 / 25])
+    dot, error = metrics.before_and_after_attribution(start - end, vector)
+    assert dot == pytest.approx(-1)  # all the way back
+    # products -0.36 and -0.64: their sum varies by sqrt(2) of their deviation
+    assert error == pytest.approx(2**0.5 * 0.28 / 2**0.5)
+    four = metrics.before_and_after_vector(start.repeat(2), end.repeat(2))
+    dot, error = metrics.before_and_after_attribution((start - end).repeat(2) / 2, four)
+    assert dot == pytest.approx(-0.5)  # half of it, on any number of examples

@@ -79,7 +79,7 @@ def test_heads_that_do_one_or_the_other_are_no_induction_heads(tmp_path):
         ("Q9", "attribution", 0.3, -0.3),
         ("Q9", "left", -0.09, -0.11),
         ("Q9", "left", 0.09, 0.11),
-        ("Q10", "along", -2.1, -1.9),
+        ("Q10", "along", -0.21, -0.19),
         ("Q12 (A1)", "layer", -1, -2),
         ("Q12 (A2)", "mlp_layer", -2, -1),
         ("Q13 (A4)", "copying", 0.0, -0.99),
