@@ -26,7 +26,7 @@ import evaluate
 from corpora import open_corpus
 from data import training_batch
 from measure import draw_examples, measure
-from model import SCALES, SERIES, Transformer, config_for, count_parameters
+from model import SCALES, SERIES, ModelConfig, Transformer, config_for, count_parameters
 from parallel import Cores, Ranks
 from progress import Clock, Progress, describe_machine, header
 from records import RunFolder
@@ -51,6 +51,14 @@ class Recipe:
     whole: float = 1.0  # the share of examples that is measured at every position
     weight_decay_later: tuple[int, float] | None = None  # (step, weight decay from there on)
 
+    def __post_init__(self):
+        for name in (f.name for f in dataclasses.fields(self) if f.type in (int, float)):
+            value = getattr(self, name)
+            if not 0 < value < math.inf and not (name == "weight_decay" and value == 0):
+                raise BadInput(f"{name} is {value}: a positive number is needed")
+        if self.whole > 1:
+            raise BadInput(f"whole is {self.whole}: it is a share, 1 at most")
+
 
 RECIPES = {
     "mini": Recipe(
@@ -71,6 +79,14 @@ RECIPES = {
         n_examples=10_000, n_final_examples=10_000, weight_decay_later=(4750, 0.01),
     ),
 }  # fmt: skip
+# what --set changes: all numbers of a model and a recipe that have no flag of their own
+FLAGGED = ("n_tokens", "learning_rate", "n_snapshots", "n_examples")
+SETTINGS = {
+    field.name: field.type
+    for part, kinds in ((ModelConfig, (float,)), (Recipe, (int, float)))
+    for field in dataclasses.fields(part)
+    if field.type in kinds and field.name not in FLAGGED
+}
 GRADIENT_CLIP = 1.0  # largest norm of the gradient
 # keep a GPU busy; in six layers of width 768 with MLPs their activations are 6 GB, by count
 TOKENS_AT_ONCE = 2**15
@@ -110,6 +126,13 @@ def parse_args(argv):
     add("--lr", type=float, help="learning rate (default: the scale's)")
     add("--snapshots", type=int, help="that are taken, about (default: the scale's)")
     add("--examples", type=int, help="that all snapshots are measured on (default: the scale's)")
+    add(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help=f"other settings than the scale's, of {', '.join(SETTINGS)}",
+    )
     add("--out", type=Path, help="folder of the run (default: runs/ and a name made of the flags)")
     add("--resume", action="store_true", help="go on with the run that the same command began")
     # the machine
@@ -131,15 +154,36 @@ def parse_args(argv):
                 "--model names a whole model of the paper: leave out the other flags for its sizes"
             )
         args.scale = "paper"
+    args.settings = dict(map(read_setting, args.set))
     args.layers = 2 if args.layers is None else args.layers
     args.scale = args.scale or ("small" if args.device.type == "cuda" else "mini")
     return args
 
 
+def read_setting(text):
+    """NAME=VALUE -> (name, number)."""
+    name, _, value = text.partition("=")
+    if name not in SETTINGS:
+        raise BadInput(f"--set {text}: NAME=VALUE is needed, with one of {', '.join(SETTINGS)}")
+    try:
+        return name, SETTINGS[name](value)
+    except ValueError:
+        kind = "whole number" if SETTINGS[name] is int else "number"
+        raise BadInput(f"--set {text}: {value!r} is not a {kind}") from None
+
+
+def with_settings(part, settings):
+    """A model's configuration or a recipe, with those of the settings that it has."""
+    own = {name: value for name, value in settings.items() if hasattr(part, name)}
+    return dataclasses.replace(part, **own)
+
+
 def model_config(args, d_vocab):
     """The sizes that the flags ask for."""
     if args.model:
-        return dataclasses.replace(SERIES[args.model], d_vocab=d_vocab)
+        return with_settings(
+            dataclasses.replace(SERIES[args.model], d_vocab=d_vocab), args.settings
+        )
     config = config_for(args.scale, args.layers, args.attn_only, d_vocab, args.smear)
     d_model = config.d_model if args.d_model is None else args.d_model
     heads, d_head = args.heads, args.d_head
@@ -150,12 +194,13 @@ def model_config(args, d_vocab):
             raise BadInput(f"--d-model {d_model} cannot be divided among {heads} heads")
         d_head = d_model // heads
     d_mlp = 0 if args.attn_only else 4 * d_model
-    return dataclasses.replace(config, d_model=d_model, n_heads=heads, d_head=d_head, d_mlp=d_mlp)
+    sizes = {"d_model": d_model, "n_heads": heads, "d_head": d_head, "d_mlp": d_mlp}
+    return with_settings(dataclasses.replace(config, **sizes), args.settings)
 
 
 def training_recipe(args, n_ctx, world):
     """The scale's recipe with what the flags change in it."""
-    recipe = RECIPES[args.scale]
+    recipe = with_settings(RECIPES[args.scale], args.settings)
     if args.tokens is not None:
         recipe = dataclasses.replace(recipe, n_tokens=args.tokens)
     if args.lr is not None:
@@ -169,8 +214,6 @@ def training_recipe(args, n_ctx, world):
         raise BadInput(
             f"--tokens {recipe.n_tokens}: one step alone is {recipe.n_rows * n_ctx:,} tokens"
         )
-    if recipe.learning_rate <= 0:
-        raise BadInput(f"--lr {recipe.learning_rate}: must be positive")
     if recipe.n_snapshots < 3:
         raise BadInput(f"--snapshots {recipe.n_snapshots}: at least 3 are needed")
     if recipe.n_rows % world:
@@ -185,6 +228,7 @@ def default_name(args):
     parts += [f"d{args.d_model}"] * bool(args.d_model) + [f"h{args.heads}"] * bool(args.heads)
     parts += [f"e{args.d_head}"] * bool(args.d_head)
     parts += [Path(args.data).stem] * (args.data != "python")
+    parts += [setting.replace("=", "-") for setting in args.set]
     parts += [f"lr-{args.lr}"] * bool(args.lr) + [f"tokens-{args.tokens}"] * bool(args.tokens)
     return "-".join([*parts, f"seed-{args.seed}"])
 

@@ -415,6 +415,18 @@ def test_flags_change_the_recipe_in_what_they_name():
     assert train.training_recipe(args, n_ctx=512, world=1) == expected
 
 
+def test_settings_change_what_they_name_in_model_and_recipe():
+    settings = ["--set", "init_gain_later=1", "vector_factor=2.5", "n_rows=16"]
+    plain, args = (train.parse_args(["--scale", "mini", *more]) for more in ([], settings))
+    config, recipe = train.model_config(args, 1024), train.training_recipe(args, 512, 1)
+    assert config == dataclasses.replace(train.model_config(plain, 1024), init_gain_later=1.0)
+    assert recipe == dataclasses.replace(RECIPES["mini"], vector_factor=2.5, n_rows=16)
+    assert train.default_name(args) != train.default_name(plain)
+    other = train.parse_args(["--model", "full-13M", "--set", "position_scale=2"])
+    assert train.model_config(other, 1024).position_scale == 2
+    assert train.model_config(other, 1024).windows  # all else is the model's own
+
+
 # what it refuses
 
 
@@ -436,8 +448,15 @@ def test_flags_change_the_recipe_in_what_they_name():
         (["--model", "full-13M", "--layers", "2"], "whole model"),
         (["--model", "full-13M", "--heads", "0"], "whole model"),
         (["--tokens", "100"], "one step alone"),
-        (["--tokens", "-5"], "one step alone"),
-        (["--lr", "0"], "must be positive"),
+        (["--tokens", "-5"], "a positive number"),
+        (["--lr", "0"], "learning_rate is 0.0: a positive number"),
+        (["--lr", "nan"], "a positive number"),
+        (["--set", "init_gian_later=1"], "with one of position_scale"),
+        (["--set", "init_gain_later"], "'' is not a number"),
+        (["--set", "n_rows=8.5"], "'8.5' is not a whole number"),
+        (["--set", "init_value=-1"], "init_value is -1.0"),
+        (["--set", "whole=2"], "1 at most"),
+        (["--set", "warmup_tokens=0"], "warmup_tokens is 0"),
         (["--snapshots", "2"], "at least 3"),
         (["--examples", "1"], "at least 2"),
         (["--examples", "1000000"], "holds out only"),
