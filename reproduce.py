@@ -82,7 +82,7 @@ class Model:
     def flags(self):
         parts = [f"--layers {self.layers}"] + ["--attn-only"] * (not self.mlp)
         parts += ["--smear"] * self.smear
-        if self.d_model:  # with one head a layer there is no induction circuit
+        if self.d_model:  # two heads a layer at least, one of them for what is not induction
             heads = max(2, self.d_model // 64)
             parts.append(f"--d-model {self.d_model} --heads {heads} --d-head 64")
         return " ".join([*parts, f"--seed {self.seed}"])
@@ -124,7 +124,11 @@ FIGURES = {
     "phase-change-attention-only": ("phase_change.py", ATTENTION_ONLY),
     "phase-change-mlp": ("phase_change.py", WITH_MLPS),
     "trajectories": ("trajectories.py", f"{ATTENTION_ONLY} {WITH_MLPS}"),
-    "trajectories-smear-books": ("trajectories.py", f"{SMEARED} {BOOKS}"),
+    "trajectories-smear-books": (
+        "trajectories.py",
+        f"{SMEARED} {BOOKS}",
+        f"{ATTENTION_ONLY} {WITH_MLPS}",
+    ),
     "passage": ("passage.py", "2L"),
     "passage-smear": ("passage.py", "1L-smear"),
     "smear": ("smear.py", f"{SMEARED} {SEEDS} {SMEARED_SEEDS}"),
@@ -205,7 +209,7 @@ def measurements(args, scale, chosen):
     for run, flags, model in each(chosen):
         sizes = f"--scale {scale.name} --tokens {scale.tokens} {model.flags}{few}"
         records = (run / "run.json", run / "measurements.npz", run / "summary.json")
-        # back is twice the way; measuring 89 snapshots takes a fifth of the time
+        # back is twice the way; measuring the snapshots takes a fifth of the time
         seconds = 10 + 3 * 1.25 * model.seconds(scale) * scale.tokens
         yield Step(f"train.py {sizes} {flags} --out {run}", records, seconds)
 

@@ -53,7 +53,7 @@ def non_convex(tokens, loss):
     """Where a loss curve bends downward: bool [snapshot].
 
     The second derivative of the smoothed curve (`curvature`) is below 0 by more than four of its
-    standard errors: on a convex curve of 89 snapshots with noise that happens anywhere at all in
+    standard errors: on a convex curve of 88 snapshots with noise that happens anywhere at all in
     one run of twenty. The first 2 % of training do not count, as in the search for the phase
     change.
     """

@@ -25,7 +25,7 @@ from pathlib import Path
 # `python plots/analysis_table.py` puts plots/ on the path, not the folder above it
 sys.path.append(str(Path(__file__).parent.parent))
 
-from plots import style
+from plots import style, trajectories
 from plots.panels import ROWS, grid
 from plots.runs import load_run
 from safety import BadInput
@@ -45,14 +45,7 @@ def draw(runs, rows=EVERY_ROW, plane=()):
 
 def add_flags(add):
     add("--rows", default=EVERY_ROW, help="R1,R2,...: which (default: all)")
-    add(
-        "--plane",
-        nargs="+",
-        type=Path,
-        default=(),
-        metavar="RUN",
-        help="other runs, which take part in R1's principal components",
-    )
+    trajectories.add_plane_flag(add)
 
 
 main = style.script(__doc__, draw, add_flags)

@@ -171,23 +171,25 @@ def context_beyond_fifty(runs):
 @claim(
     name="Q7",
     words="In the plane of all models' per-token losses, training turns in the window",
-    counts="by 45 degrees or more, and by less in every one-layer model",
+    counts="by 45 degrees or more, and by less in every model without a change, of one layer or on a"
+    " second corpus",
     paper='"pivots orthogonally"; one layer goes straight on',
     figure="trajectories",
     command="plots/trajectories.py {runs}/[1-6]L {runs}/[1-6]L-mlp",
 )
 def training_turns(runs):
-    models = evaluated(small(runs))
-    groups = map(trajectories.pivots, trajectories.by_examples(models))
-    turns = {name: pivot.in_plane for group in groups for name, pivot in group.items()}
-    if not turns:
+    usual, second = evaluated(small(runs)), evaluated(small(runs, "second corpus"))
+    second = [run for run in second if trajectories.is_plain(run) and not run.window]
+    pivots = trajectories.pivots(usual + second)
+    if not pivots:
         return
-    deeper = [run for run in models if run.n_layers > 1]
+    turns = {name: pivot.in_plane for name, pivot in pivots.items()}
+    deeper = [run for run in usual if run.n_layers > 1]
     deeper = by_name(deeper, lambda run: turns[run.name] if run.window else NONE)
-    ones = {name: turns[name] for name in turns if name not in deeper}
     yield check("degrees", deeper, lambda angle: angle >= 45, ".0f")
-    changed = [angle for angle in deeper.values() if not np.isnan(angle)]
-    yield check("one layer", ones, lambda angle: all(angle < other for other in changed), ".0f")
+    controls = {"one layer": [run for run in usual if run.n_layers == 1], "second corpus": second}
+    for what, some in controls.items():
+        yield check(what, by_name(some, lambda run: turns[run.name]), lambda a: a < 45, ".0f")
 
 
 # --- Argument 2: they come together when one of them is made easier
@@ -200,7 +202,7 @@ def training_turns(runs):
     " plain layers; every two-layer model is half way before any plain one",
     paper="one layer changes, to about the score of two; two change earlier",
     figure="smear",
-    command="plots/smear.py {runs}/[12]L {runs}/[12]L-smear",
+    command="plots/smear.py {runs}/[12]L {runs}/[12]L-smear {runs}/[12]L-[12] {runs}/1L-smear-[12]",
 )
 def smeared_keys(runs):
     def half_way(run):

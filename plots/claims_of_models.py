@@ -161,7 +161,7 @@ def matching_heads_copy(runs):
     counts="both coefficients 0.5 or more, on the direct path",
     paper="strong positive correlation",
     figure="eigenvalues",
-    command="plots/eigenvalues.py {runs}/[1-6]L {runs}/[12]L-[0-9]",
+    command="plots/eigenvalues.py {runs}/[1-6]L {runs}/[12]L-[12]",
 )
 def copying_is_in_the_eigenvalues(runs):
     yield from with_weights(runs, "copying", "ov_copying", lambda n: 0.5)
@@ -173,7 +173,7 @@ def copying_is_in_the_eigenvalues(runs):
     counts="both coefficients above 0 by two standard errors, on the direct path",
     paper="positive",
     figure="eigenvalues",
-    command="plots/eigenvalues.py {runs}/[1-6]L {runs}/[12]L-[0-9]",
+    command="plots/eigenvalues.py {runs}/[1-6]L {runs}/[12]L-[12]",
 )
 def prefix_matching_is_in_the_trace(runs):
     yield from with_weights(runs, "prefix_matching", "qk_match", two_errors)
@@ -293,8 +293,9 @@ def evidence(runs):
     if not runs:
         return
     ablated = having(runs.values(), "ablations.npz")
+    every = {(str(run.made["config"]), run.made["corpus"]["sha256"]) for run in runs.values()}
     found = {
-        "models": (len(runs), 34),
+        "models, seeds not counted": (len(every), 34),
         "examples, at least": (min(run.summary["examples"] for run in runs.values()), 10_000),
         "ablations": (sum(run.ablations["icl_attribution"].size for run in ablated), 50_000),
         "snapshots, at least": (min(len(run.millions) for run in runs.values()), 200),

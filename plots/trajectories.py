@@ -2,11 +2,13 @@
 components.
 
     python plots/trajectories.py RUN [RUN ...] --out FILE.png
+    python plots/trajectories.py RUN [RUN ...] --plane RUN [RUN ...] --out FILE.png
 
 Figure F7 of the paper ("Argument 1"): each snapshot of a model is a point, its losses at one token
 of each example. All plain models of a corpus, with and without MLPs, share one plane; smeared keys
 and other widths are projected into it. A second corpus has other examples and so a plane of its
-own. In the phase change models of two layers and more turn.
+own. In the phase change models of two layers and more turn. So do, if less, paths without a phase
+change: what is learned last is not what is learned first.
 """
 
 import dataclasses
@@ -19,6 +21,7 @@ import numpy as np
 sys.path.append(str(Path(__file__).parent.parent))
 
 from plots import style
+from plots.runs import load_run
 from plots.style import plt
 from safety import BadInput
 
@@ -107,19 +110,21 @@ class Pivot:
 
 
 def pivots(runs):
-    """{name: Pivot} of runs on the same examples, in their joint plane; empty if none of them has a
-    phase change.
+    """{name: Pivot}, in the joint plane of the runs on the same examples; empty if none of the runs
+    has a phase change.
     """
     windows = [run.window for run in runs if run.window and is_plain(run)]
     windows = windows or [run.window for run in runs if run.window]
     if not windows:
         return {}
-    plane, usual, found = joint_pca(runs), tuple(np.median(windows, axis=0).tolist()), {}
-    for run in runs:
-        millions, losses = losses_through_training(run)
-        window = run.window or usual
-        angles = (pivot_angle(x, millions, window) for x in (plane.project(losses), losses))
-        found[run.name] = Pivot(window, run.window is not None, *angles)
+    usual, found = tuple(np.median(windows, axis=0).tolist()), {}
+    for group in by_examples(runs):
+        plane = joint_pca(group)
+        for run in group:
+            millions, losses = losses_through_training(run)
+            window = run.window or usual
+            angles = (pivot_angle(x, millions, window) for x in (plane.project(losses), losses))
+            found[run.name] = Pivot(window, run.window is not None, *angles)
     return found
 
 
@@ -169,19 +174,23 @@ def label_axes(ax, plane):
         set_label(f"{name} (nats; {share:.0%} of variance)")
 
 
-def draw(runs):
-    """-> a figure with one panel a run, in rows by series."""
-    rows = []
-    for group in by_examples(runs):
-        plane, turns = joint_pca(group), pivots(group)
-        series = dict.fromkeys(run.series for run in group)
-        rows += [(plane, group, turns, [r for r in group if r.series == s]) for s in series]
+def draw(runs, plane=()):
+    """-> a figure with one panel a run, in rows by series; plane: folders of other runs that share
+    the plane.
+    """
+    every = [*runs, *map(load_run, plane)]
+    turns, rows = pivots(every), []
+    for group in by_examples(every):
+        shown = [run for run in group if run in runs]
+        series = dict.fromkeys(run.series for run in shown)
+        members = [[run for run in shown if run.series == one] for one in series]
+        rows += [(joint_pca(group), group, some) for some in members]
     n_columns = max(len(row[-1]) for row in rows)
     figure, axes = plt.subplots(
         len(rows), n_columns, figsize=(1 + 2.6 * max(n_columns, 3), 0.6 + 2.9 * len(rows)),
         layout="constrained", squeeze=False,
     )  # fmt: skip
-    for panels, (plane, group, turns, members) in zip(axes, rows, strict=True):
+    for panels, (plane, group, members) in zip(axes, rows, strict=True):
         for ax, run in zip(panels, members, strict=False):
             ax.sharex(panels[0])
             ax.sharey(panels[0])
@@ -195,8 +204,9 @@ def draw(runs):
     style.caption(
         figure,
         "Figures F7 and F8 (A, B) of the paper: losses at one token of each of"
-        f" {style.examples_note(runs)}. Orange: the phase change. Angle: between the mean velocity"
-        " until it begins and that within it; of a run without one, in the others' median window.",
+        f" {style.examples_note(runs)}. Orange, A to B: the phase change. Grey: the other models."
+        " Angle, as if both axes had one scale: between the mean velocity until the change begins"
+        " and that within it; of a run without one, in the others' median window.",
     )
     return figure
 
@@ -207,7 +217,12 @@ def pivot_label(pivot):
     return f"\nturns by {pivot.in_plane:.0f}°" + ("" if pivot.own_window else " (no window)")
 
 
-main = style.script(__doc__, draw)
+def add_plane_flag(add):
+    more = {"nargs": "+", "type": Path, "default": (), "metavar": "RUN"}
+    add("--plane", **more, help="other runs, which take part in the principal components")
+
+
+main = style.script(__doc__, draw, add_plane_flag)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -29,6 +29,7 @@ GOOD = {
     "one_slope": 0.0,
     "turn": 80,  # degrees
     "one_turn": 10,
+    "second_turn": 20,  # of a model on a second corpus
     "smear_end": -0.4,
     "smear_half": 20,  # snapshots
     "half": 45,
@@ -101,15 +102,16 @@ def make_world(folder, **knobs):
         make_run(folder / f"2L-d{width}", knobs, 2, width=width, rank=n)
     for n in 1, 2:
         make_run(folder / f"{n}L-smear", knobs, n, smear=True)
+    make_run(folder / "2L-books", knobs | {"one_turn": knobs["second_turn"]}, 2, corpus="books")
     return folder
 
 
-def make_run(folder, knobs, n_layers, mlp=False, width=128, smear=False, rank=0):
+def make_run(folder, knobs, n_layers, mlp=False, width=128, smear=False, rank=0, corpus="python"):
     """rank: the place of its size among those that it is compared with; 0 the smallest, or the
     middle one.
     """
     folder.mkdir(parents=True)
-    lacks = n_layers == 1 and not smear
+    lacks = (n_layers == 1 and not smear) or corpus == "books"
     has_window = knobs["one_window" if lacks else "window"]
     config = {"n_layers": n_layers, "n_heads": 2, "d_model": width, "smear": smear}
     config["d_mlp"] = 4 * width if mlp else 0
@@ -117,7 +119,7 @@ def make_run(folder, knobs, n_layers, mlp=False, width=128, smear=False, rank=0)
     recipe |= {"n_examples": 88, "whole": 0.25}
     made = {"config": config, "recipe": recipe, "seed": 0, "scale": "mini"}
     made |= {
-        "corpus": {"data": "python", "sha256": "0"},
+        "corpus": {"data": corpus, "sha256": corpus},
         "machine": {"device": "by hand", "dtype": "float32"},
     }
     heads = make_heads(knobs, n_layers, lacks, knobs["mlp_layer" if mlp else "layer"])

@@ -1,5 +1,6 @@
 """Every claim's criterion, both ways, on records made by hand; README and records say the same."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -71,7 +72,8 @@ def test_heads_that_do_one_or_the_other_are_no_induction_heads(tmp_path):
         ("Q6", "slope_after", -0.051, -0.049),
         ("Q6", "one_slope", -0.049, -0.051),
         ("Q7", "turn", 46, 44),
-        ("Q7", "one_turn", 79, 81),
+        ("Q7", "one_turn", 44, 46),
+        ("Q7", "second_turn", 44, 46),
         ("Q8", "smear_end", -0.33, -0.31),
         ("Q8", "smear_end", -0.49, -0.51),
         ("Q8", "smear_half", 44, 45),
@@ -187,9 +189,10 @@ def test_a_model_without_a_window_speaks_for_itself_alone(tmp_path):
     world = make_world(tmp_path / "mini")
     summary = json.loads((world / "3L" / "summary.json").read_text())
     (world / "3L" / "summary.json").write_text(json.dumps(summary | {"phase_change": None}))
-    deeper, one_layer = BY_NAME["Q7"].judge(load_all(world))
+    deeper, one_layer, second = BY_NAME["Q7"].judge(load_all(world))
     assert [name for name, holds in deeper.holds.items() if not holds] == ["3L"]
-    assert all(one_layer.holds.values()) and one_layer.holds
+    for controls in one_layer, second:
+        assert all(controls.holds.values()) and controls.holds
 
 
 def test_a_head_in_the_first_half_of_a_deep_model(tmp_path):
@@ -224,12 +227,18 @@ def test_pattern_matching_is_asked_of_large_models(tmp_path, parameters, attenti
 def test_the_evidence_is_counted(good):
     runs = load_all(good)
     models, examples, ablations, snapshots = BY_NAME["Q16"].judge(runs)
-    assert (models.values[""], examples.values[""], snapshots.values[""]) == (12, 400, 89)
-    assert ablations.values[""] == 4 * 2 * (2 + 3 + 4 + 2 + 5 + 6 + 2 + 2 + 2)
+    assert (models.values[""], examples.values[""], snapshots.values[""]) == (13, 400, 89)
+    assert ablations.values[""] == 4 * 2 * (2 + 3 + 4 + 2 + 5 + 6 + 2 + 2 + 2 + 2)
     some = next(iter(runs.values()))
     some.summary["examples"], some.measurements["tokens"] = 10_000, np.arange(200)
-    models, examples, _, snapshots = BY_NAME["Q16"].judge({str(n): some for n in range(34)})
-    assert all(c.holds[""] for c in (models, examples, snapshots))
+    seeds = {str(n): some for n in range(34)}
+    models, examples, _, snapshots = BY_NAME["Q16"].judge(seeds)
+    assert models.values[""] == 1 and examples.holds[""] and snapshots.holds[""]
+    sizes = {
+        name: dataclasses.replace(run, made={**run.made, "config": {"n_layers": name}})
+        for name, run in seeds.items()
+    }
+    assert next(BY_NAME["Q16"].judge(sizes)).holds[""]
 
 
 def test_the_verdict_counts_what_holds():
