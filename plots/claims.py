@@ -171,8 +171,8 @@ def context_beyond_fifty(runs):
 @claim(
     name="Q7",
     words="In the plane of all models' per-token losses, training turns in the window",
-    counts="by 45 degrees or more, and by less in every model without a change, of one layer or on a"
-    " second corpus",
+    counts="by 45 degrees or more, and by less in every model without a change, of one layer or on"
+    " a second corpus",
     paper='"pivots orthogonally"; one layer goes straight on',
     figure="trajectories",
     command="plots/trajectories.py {runs}/[1-6]L {runs}/[1-6]L-mlp",
