@@ -22,7 +22,7 @@ from plots.panels import grid
 def draw(runs):
     """-> a figure with three rows and a column for each run."""
     note = "Figure F11 of the paper, and R8 of its table."
-    return grid(runs, ("R5", "R9", "R8"), note, height=2.3)
+    return grid(runs, ("R5", "R9", "R8"), note, height=1.9)
 
 
 main = style.script(__doc__, draw)

@@ -9,9 +9,8 @@ One column a model, the rows of the paper's table ("Model analysis"):
     R2  loss                        R3  loss by position of the token in its context
     R4  derivative of R3            R5  in-context learning score
     R6  prefix matching of every head, by layer
-    R7  trace of each head's QK circuit with what the layers before it tell a key of the token
-        before: how much higher a matching key scores (circuits.py: all paths; the paper's is of
-        the embedding alone)
+    R7  trace of each head's QK circuit with what previous-token heads tell a key of the token
+        before, on the direct path: how much higher a matching key scores (circuits.py)
     R8  ablation of each head: its change of the losses along the before-and-after vector, which is
         as long as the phase change's
     R9  ablation of each head: its change of the in-context learning score, between bands
@@ -40,7 +39,7 @@ def draw(runs, rows=EVERY_ROW, plane=()):
         if name not in ROWS:
             raise BadInput(f"--rows {name}: no such row: they are {', '.join(ROWS)}")
     others = [load_run(folder) for folder in plane]
-    return grid(runs, names, "Model analysis table of the paper.", others, width=2.2, height=1.65)
+    return grid(runs, names, "Model analysis table of the paper.", others)
 
 
 def add_flags(add):

@@ -117,27 +117,20 @@ def of_heads(models, *names):
     return np.array([row for row in numbers if None not in row]).reshape(-1, len(names)).T
 
 
-def coefficients(what, x, y, least=None):
+def coefficients(x, y, least):
     """Checks of Pearson's and Spearman's coefficient, least(number of heads) the smallest that
-    counts; without it they are only told.
+    counts.
     """
     if len(x) < 3:
         return
-    holds = least and functools.partial(operator.le, least(len(x)))
+    holds = functools.partial(operator.le, least(len(x)))
     for name, coefficient in ("Pearson", analysis.pearson), ("Spearman", analysis.spearman):
-        yield check(f"{name}, {what}{len(x)} heads", {"": coefficient(x, y)}, holds)
+        yield check(f"{name}, {len(x)} heads", {"": coefficient(x, y)}, holds)
 
 
 def two_errors(n):
     """Above 0 by two standard errors of the coefficient of n pairs that have nothing in common."""
     return 2 / (n - 1) ** 0.5
-
-
-def with_weights(runs, score, weights, least):
-    """A head's score and its weights' number: on the direct path, and, only told, on all paths."""
-    models = having(small(runs, "attention-only"), "circuits.json")
-    yield from coefficients("direct, ", *of_heads(models, weights + "_direct", score), least)
-    yield from coefficients("all paths, ", *of_heads(models, weights, score))
 
 
 @claim(
@@ -152,7 +145,7 @@ def with_weights(runs, score, weights, least):
 def matching_heads_copy(runs):
     rows = [row for run in small(runs) for row in run.summary["heads"]]
     x, y = ([row[score] for row in rows] for score in ("prefix_matching", "copying"))
-    yield from coefficients("", x, y, two_errors)
+    yield from coefficients(x, y, two_errors)
 
 
 @claim(
@@ -164,7 +157,8 @@ def matching_heads_copy(runs):
     command="plots/eigenvalues.py {runs}/[1-6]L {runs}/[12]L-[12]",
 )
 def copying_is_in_the_eigenvalues(runs):
-    yield from with_weights(runs, "copying", "ov_copying", lambda n: 0.5)
+    models = having(small(runs, "attention-only"), "circuits.json")
+    yield from coefficients(*of_heads(models, "ov_copying_direct", "copying"), lambda n: 0.5)
 
 
 @claim(
@@ -176,7 +170,8 @@ def copying_is_in_the_eigenvalues(runs):
     command="plots/eigenvalues.py {runs}/[1-6]L {runs}/[12]L-[12]",
 )
 def prefix_matching_is_in_the_trace(runs):
-    yield from with_weights(runs, "prefix_matching", "qk_match", two_errors)
+    models = having(small(runs, "attention-only"), "circuits.json")
+    yield from coefficients(*of_heads(models, "qk_match_direct", "prefix_matching"), two_errors)
 
 
 # --- models of different sizes

@@ -2,9 +2,8 @@
 
     python plots/eigenvalues.py RUN [RUN ...] --out FILE.png
 
-Figures A5 and A6 of the paper ("Appendix"), from circuits.json. Above, weights on the paper's
-direct path from the embedding; below, on all paths, also through the heads that look at their own
-token (circuits.py).
+Figures A5 and A6 of the paper ("Appendix"), from circuits.json: weights on the direct path from the
+embedding (circuits.py).
 """
 
 import sys
@@ -18,42 +17,35 @@ sys.path.append(str(Path(__file__).parent.parent))
 from plots import analysis, style
 from plots.style import plt
 
-# (score of a head, its range, number of its weights): columns
+# (figure of the paper, score of a head, its range, number of its weights): panels
 COMPARED = (
-    ("copying", "copying (-1 to 1)", "ov_copying"),
-    ("prefix_matching", "prefix matching (0 to 1)", "qk_match"),
+    ("A5", "copying", "copying (-1 to 1)", "ov_copying_direct"),
+    ("A6", "prefix_matching", "prefix matching (0 to 1)", "qk_match_direct"),
 )
 WEIGHTS = {
-    "ov_copying": "OV: sum of eigenvalues / sum of their moduli (-1 to 1)",
-    "qk_match": "QK through previous-token heads: trace / vocabulary (nats)",
+    "ov_copying_direct": "OV: sum of eigenvalues / sum of their moduli (-1 to 1)",
+    "qk_match_direct": "QK through previous-token heads: trace / vocabulary (nats)",
 }
-PAPER = {"ov_copying": "A5", "qk_match": "A6"}
-PATHS = {"_direct": "direct path", "": "all paths"}
 
 
 def draw(runs):
-    """-> a figure with four panels."""
-    figure, axes = plt.subplots(2, 2, figsize=(9, 7.4), layout="constrained", sharey="col")
-    for ax, (suffix, path), (score, score_label, weights) in zip(
-        axes.T.flat, [*PATHS.items()] * 2, [c for c in COMPARED for _ in PATHS], strict=True
-    ):
-        x, y = draw_heads(ax, runs, weights + suffix, score)
-        ax.set_title(f"{PAPER[weights]}, {path}")
-        ax.set_xlabel(WEIGHTS[weights])
-        ax.set_ylabel(score_label)
+    """-> a figure with two panels."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    for ax, (name, score, score_label, weights) in zip(axes, COMPARED, strict=True):
+        x, y = draw_heads(ax, runs, weights, score)
+        ax.set(title=name, xlabel=WEIGHTS[weights], ylabel=score_label)
         coefficients = analysis.pearson(x, y), analysis.spearman(x, y)
         text = "n = {} heads\nPearson {:+.2f}\nSpearman {:+.2f}".format(len(x), *coefficients)
         ax.text(0.02, 0.98, text.replace("+nan", "N/A"), transform=ax.transAxes, va="top")
-    for ax in axes[:, 0]:
-        ax.set(xlim=(-1, 1), ylim=(-1, 1), xticks=(-1, -0.5, 0, 0.5, 1))
-    axes[0, 1].set_ylim(-0.04, 1)
-    axes[0, 1].locator_params(axis="x", nbins=5)
+    axes[0].set(xlim=(-1, 1), ylim=(-1, 1), xticks=(-1, -0.5, 0, 0.5, 1))
+    axes[1].set_ylim(-0.04, 1)
+    axes[1].locator_params(axis="x", nbins=5)
     handles = [style.depth_key(n) for n in sorted({run.n_layers for run in runs})]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
     style.caption(
         figure,
         f"Paper: figures A5 and A6. All heads of {len(runs)} models at the end of training; QK"
-        " only where an earlier layer or a smeared key tells what came before.",
+        " only where an earlier layer tells what came before. Direct path from the embedding.",
     )
     return figure
 

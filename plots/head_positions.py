@@ -31,15 +31,19 @@ def draw(runs):
     for ax, run in zip(axes.flat, runs, strict=False):
         draw_heads(ax, run)
         several = sum(other.title == run.title for other in runs) > 1
-        ax.set_title(run.title + f", seed {run.seed}" * several)
+        wide = f", width {run.made['config']['d_model']}" * (run.series != "width")
+        among_widths = any(other.series == "width" for other in runs)
+        ax.set_title(run.title + wide * among_widths + f", seed {run.seed}" * several)
     for ax in axes.flat[len(runs) :]:
         ax.set_axis_off()
     for ax in axes[:, 0]:
         ax.set_ylabel("prefix matching (0 to 1)")
     axes[0, 0].set_ylim(-0.04, 1)
+    name = {"attention-only": "A1", "with MLPs": "A2"}
+    figures = sorted({name.get(run.series, "A3") for run in runs})
     style.caption(
         figure,
-        "Paper: figures A1 to A3. At the end of training, 10 sequences of repeated random tokens;"
+        f"Paper: figure {figures[-1]}. At the end of training, 10 sequences of random tokens;"
         f" dotted: {PREFIX_MATCHING}, from where on a head is said to match prefixes.",
     )
     return figure

@@ -30,7 +30,7 @@ def draw(runs):
     wide = [run for run in runs if run.series == "width"]
     panels = {"Models of one width": [run for run in runs if run.series != "width"]}
     if wide:
-        panels["Width sweep, for full-scale models"] = wide
+        panels["Width sweep (in place of full-scale models)"] = wide
     figure, axes = plt.subplots(
         1, len(panels), figsize=(2.4 + 4 * len(panels), 4.3), layout="constrained",
         sharex=True, sharey=True, squeeze=False,
@@ -70,13 +70,15 @@ def draw_heads(ax, runs):
 
 
 def legend(runs):
-    """A handle for every kind of model among them."""
-    kinds = dict.fromkeys((run.series, run.n_layers) for run in sorted(runs, key=kind))
-    return [style.depth_key(n_layers, series, MARKERS[series]) for series, n_layers in kinds]
-
-
-def kind(run):
-    return list(MARKERS).index(run.series), run.n_layers
+    """Colours for depth, shapes for kinds of model."""
+    depths = [style.depth_key(n) for n in sorted({run.n_layers for run in runs})]
+    series = {run.series for run in runs} - {"width"}  # that panel's title says it
+    shapes = [
+        plt.Line2D([], [], ls="", marker=marker, color=style.QUIET, label=name)
+        for name, marker in MARKERS.items()
+        if name in series
+    ]
+    return depths + shapes
 
 
 main = style.script(__doc__, draw)

@@ -14,6 +14,7 @@ from plots import style, trajectories
 from plots.context import fitted_lines
 from plots.style import plt
 
+STEEPEST = 0.4  # slope over the context with the darkest colour, in all figures: nats
 BANDS = "tokens 400-511 minus 30-70"  # of metrics.band_score, which needs torch
 
 
@@ -49,16 +50,18 @@ class Row:
     timed: bool = True  # is the x axis training time?
 
 
-def grid(runs, names, note, in_plane=(), width=2.55, height=1.9):
+def grid(runs, names, note, in_plane=(), height=1.6):
     """-> a figure with a column for each run, the rows of those names and, beside each, its key.
 
     note: what the figure is in the paper. in_plane: other runs that share the trajectories' plane.
-    width, height: of a panel, inches.
+    height: of a panel, inches.
     """
     shown = Shown(runs, [*runs, *in_plane])
-    size = (2 + width * len(runs), 0.9 + height * len(names))
+    width = np.clip(10 / len(runs), 1.7, 2.5)  # six have to be legible on a page
+    size = (2.3 + width * len(runs), 0.9 + height * len(names))
     figure = plt.figure(figsize=size, layout="constrained")
-    cells = figure.add_gridspec(len(names), len(runs) + 1, width_ratios=[1] * len(runs) + [0.55])
+    ratios = [width] * len(runs) + [1.2]
+    cells = figure.add_gridspec(len(names), len(runs) + 1, width_ratios=ratios)
     panels = cells.subplots(squeeze=False)
     for row, axes in zip((ROWS[name] for name in names), panels, strict=True):
         draw_row(row, axes, shown)
@@ -68,17 +71,25 @@ def grid(runs, names, note, in_plane=(), width=2.55, height=1.9):
             ax.set_xlim(0, 1.005 * max(run.millions[-1] for run in runs))
             ax.tick_params(labelbottom=axes is timed[-1])
             if axes is timed[-1]:
-                ax.set_xlabel("training tokens (millions)")
+                ax.set_xlabel("training tokens (millions)", fontsize=8)
     for ax, run in zip(panels[0], runs, strict=False):
         ax.set_title(style.column_title(run), fontsize=8.5)
     examples = examples_note(runs, names)
-    style.caption(figure, f"{note} {examples}. Bands and bars: one standard error.")
+    more = " Bands and bars: one standard error."
+    if {"R6", "R7"} & set(names):
+        more += " Layers count from 0; layer n has the colour of models of n + 1 layers."
+    if {"R3", "R4"} & set(names):
+        more += " Stripes that all models share come from the examples."
+    style.caption(figure, f"{note} {examples}.{more}")
     return figure
 
 
 def examples_note(runs, names):
     """On how many examples the numbers in the rows of those names are."""
     note = style.examples_note(runs)
+    if any(run.evaluation is not run.measurements for run in runs):
+        every = style.counted(run.measurements["per_token_loss"].shape[1] for run in runs)
+        note += f", {every} for every snapshot's loss and prefix matching and for the window"
     if "R5" in names:
         note += f", {style.counted(run.summary['examples'] for run in runs)} for black points"
     ablated = [run.ablations["examples"][0] for run in runs if run.has("ablations.npz")]
@@ -107,8 +118,7 @@ def explain_colours(row, axes, key):
     """One scale of colours for all panels of a row; symmetric if it diverges."""
     meshes = [mesh for ax in axes for mesh in ax.collections]
     values = np.concatenate([np.asarray(mesh.get_array()).ravel() for mesh in meshes])
-    high = np.percentile(np.abs(values), 98)
-    limits = (-high, high) if row.diverging else np.percentile(values, (1, 75))
+    limits = (-STEEPEST, STEEPEST) if row.diverging else np.percentile(values, (1, 75))
     for mesh in meshes:
         mesh.set_clim(*limits)
     bar = key.figure.colorbar(meshes[0], cax=key.inset_axes([0, 0, 0.1, 1]), extend="both")
@@ -132,19 +142,19 @@ def draw_trajectory(ax, run, shown):
 
 
 def draw_loss(ax, run, shown):
-    """The curve, below a beginning that all models share."""
+    """The curve at every snapshot, for its bump; below a beginning that all models share."""
     one_layer = shown.one_layer_like(run)
     if one_layer:
         label = one_layer.title.replace(", ", ",\n")
-        draw_curve(ax, one_layer, "loss", color=style.QUIET, lw=1, label=label)
-    draw_curve(ax, run, "loss", color=style.depth_colour(run.n_layers))
-    losses = np.concatenate([other.evaluation["loss"] for other in shown.runs])
-    ax.set_ylim(losses.min() - 0.1, np.percentile(losses, 80))
+        draw_curve(ax, one_layer, color=style.QUIET, lw=1, label=label)
+    draw_curve(ax, run, color=style.depth_colour(run.n_layers))
+    losses = np.concatenate([other.measurements["loss"] for other in shown.runs])
+    ax.set_ylim(losses.min() - 0.1, np.percentile(losses, 82))
     style.shade_phase_change(ax, run)
 
 
-def draw_curve(ax, run, name, **line):
-    ax.plot(run.evaluation["tokens"] / 1e6, run.evaluation[name], **line)
+def draw_curve(ax, run, **line):
+    ax.plot(run.millions, run.measurements["loss"], **line)
 
 
 def draw_loss_by_position(ax, run, shown):
@@ -179,7 +189,7 @@ def draw_score(ax, run, shown):
         points.append((edge, run.summary[f"icl_{when}"], run.summary[f"icl_{when}_error"]))
     ax.errorbar(
         *zip(*points, strict=True), fmt="o", ms=4, lw=1, color="black", clip_on=False,
-        label="token 500 minus 50",
+        label="token 500\nminus 50",
     )  # fmt: skip
     style.shade_phase_change(ax, run)
 
@@ -207,30 +217,25 @@ def draw_heads(ax, run, shown):
 
 
 def draw_traces(ax, run, shown):
-    """Of every head beyond the first layer, along all paths and along the paper's."""
+    """Of every head beyond the first layer, on the direct path from the embedding."""
     if not run.has("circuits.json"):
         return style.not_available(ax, "no circuits.json")
     snapshots = run.circuits["snapshots"]
     millions = [snapshot["tokens"] / 1e6 for snapshot in snapshots]
-    names = [row["head"] for row in snapshots[0]["heads"] if row["qk_match"] is not None]
+    names = [row["head"] for row in snapshots[0]["heads"] if row["qk_match_direct"] is not None]
     if not names:
         return style.not_available(ax, "no earlier layer tells a key\nwhat preceded it")
     for name in names:
         rows = [row for snap in snapshots for row in snap["heads"] if row["head"] == name]
-        layer = int(name.split(":")[0])
-        colour = style.depth_colour(layer + 1)
-        for path, line, label in (
-            ("qk_match", "-", f"layer {layer}"),
-            ("qk_match_direct", ":", "embedding alone\n(the paper's)"),
-        ):
-            values = [row[path] for row in rows]
-            ax.plot(millions, values, line, marker=".", ms=3, color=colour, lw=1.2, label=label)
+        values, layer = [row["qk_match_direct"] for row in rows], int(name.split(":")[0])
+        line = {"marker": ".", "ms": 3, "lw": 1.2, "label": f"layer {layer}"}
+        ax.plot(millions, values, color=style.depth_colour(layer + 1), **line)
     style.shade_phase_change(ax, run)
 
 
 def draw_icl_attribution(ax, run, shown):
     if run.has("ablations.npz"):
-        label = "range of the\npaper's axis"
+        label = "±0.15, the\npaper's axis"
         ax.axhspan(-0.15, 0.15, color="0.94", lw=0, zorder=0, label=label)
     draw_attribution(ax, run, "band_attribution")
 
@@ -250,9 +255,9 @@ def draw_attribution(ax, run, name):
     millions = run.ablations["tokens"] / 1e6
     effects, errors = run.ablations[name], run.ablations[f"{name}_error"]
     ax.axhline(0, color="0.8", lw=0.8, zorder=0)
-    classes = run.head_classes()
-    for kind, colour in style.CLASS_COLOURS.items():
-        heads = [head for head in classes if classes[head] == kind]
+    kinds = run.head_classes() | dict.fromkeys(run.heads_that_match(), "matches prefixes")
+    for kind, colour in style.HEAD_COLOURS.items():
+        heads = [head for head in kinds if kinds[head] == kind]
         for head in heads:
             effect, error = (values[:, *head] for values in (effects, errors))
             ax.fill_between(
@@ -261,16 +266,15 @@ def draw_attribution(ax, run, name):
             ax.plot(millions, effect, color=colour, lw=1.4, label=kind)
         if len(heads) > 1:
             total = sum(effects[:, *head] for head in heads)
-            ax.plot(millions, total, ":", color=colour, lw=1.4, label=f"{kind}, sum")
-    ax.margins(y=0.15)  # room for names
-    clear = [head for head in classes if abs(effects[-1, *head]) > 3 * errors[-1, *head]]
+            ax.plot(millions, total, ":", color=colour, lw=1.4, label=f"{kind},\nsum")
+    clear = [head for head in kinds if abs(effects[-1, *head]) > 3 * errors[-1, *head]]
     largest = sorted(clear, key=lambda head: -abs(effects[-1, *head]))[:2]
     upper_first = sorted(largest, key=lambda head: -effects[-1, *head])
-    for (layer, head), (va, points) in zip(upper_first, (("bottom", 3), ("top", -3)), strict=False):
+    for (layer, head), va in zip(upper_first, ("bottom", "top"), strict=False):
         ax.annotate(
-            f"{layer}:{head}", (millions[-1], effects[-1, layer, head]), xytext=(-2, points),
-            textcoords="offset points", ha="right", va=va,
-            color=style.CLASS_COLOURS[classes[layer, head]],
+            f"{layer}:{head}", (millions[-1], effects[-1, layer, head]), xytext=(4, 0),
+            textcoords="offset points", va=va, annotation_clip=False, fontsize=8,
+            color=style.HEAD_COLOURS[kinds[layer, head]],
         )  # fmt: skip
     style.shade_phase_change(ax, run)
 
@@ -282,12 +286,12 @@ ROWS = {
     "R4": Row(
         "context:\ntoken position",
         draw_derivative,
-        "slope (nats per e-fold)\nblue: context helps",
+        "slope (nats an e-fold)\nblue: context helps",
         diverging=True,
     ),
-    "R5": Row("in-context learning\nscore (nats)", draw_score),
+    "R5": Row("in-context\nlearning (nats)", draw_score),
     "R6": Row("prefix matching\nof each head", draw_heads),
-    "R7": Row("QK trace / vocabulary\nof each head (nats)", draw_traces),
-    "R8": Row("ablation: share of the\nphase change (-1: undone)", draw_before_and_after),
-    "R9": Row("ablation: change of\nICL score (nats)", draw_icl_attribution),
+    "R7": Row("QK trace by\nvocabulary (nats)", draw_traces),
+    "R8": Row("ablation: share of\nthe change (-1: undone)", draw_before_and_after),
+    "R9": Row("ablation: ICL score\nbetween bands (nats)", draw_icl_attribution),
 }

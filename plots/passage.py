@@ -55,7 +55,7 @@ def draw(runs):
     style.caption(
         figure,
         "F8b, F8c, F9 of the paper, on original texts that end with their first sentences once"
-        " more; one reading by each snapshot. Words to follow were chosen with the text.",
+        " more; n = 1. The words of the curves were picked with the text, before training.",
     )
     return figure
 

@@ -13,6 +13,7 @@ import json
 import re
 import sys
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,13 @@ def claims_html(rows):
         verdict = row["verdict"].strip("*").replace(" ", "-")
         body += f'<tr class="{verdict}">{"".join(cells)}</tr>\n'
     return f"<table><thead><tr>{heads}</tr></thead>\n<tbody>{body}</tbody></table>"
+
+
+def verdicts(rows):
+    """How many claims have each verdict, in a sentence."""
+    counts = Counter(row["verdict"].strip("*") for row in rows)
+    told = ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common())
+    return f"Of {len(rows)} claims: {told}."
 
 
 def inline(text):
@@ -177,10 +185,11 @@ def page(folder):
     runs.sort(key=lambda run: -run.n_layers)  # the first is shown first
     if not runs:
         raise BadInput(f"{folder}: no run has a passage.npz: python passage.py RUN makes it")
-    paths = sorted((folder / "figures").glob("*.png"))
+    paths, claims = sorted((folder / "figures").glob("*.png")), claims_table(folder)
     fixed = {
         "folder": html.escape(str(folder)),
-        "claims": claims_html(claims_table(folder)),
+        "claims": claims_html(claims),
+        "verdicts": verdicts(claims),
         "data": in_script([viewed(run) for run in runs]),
     }
     for width in WIDTHS:

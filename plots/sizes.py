@@ -20,8 +20,8 @@ from plots import analysis, style
 from plots.style import plt
 from safety import BadInput
 
-# for widths, dark to light as depths are, but greens, so that they are not taken for depths
-WIDTH_COLOURS = ("#00261c", "#0b5d3b", "#4f9a4b", "#a8cf6a")
+# for widths, dark to light as depths are, but reds, so that they are not taken for depths
+WIDTH_COLOURS = ("#67000d", "#cb181d", "#fb6a4a", "#fcae91")
 
 
 def draw(runs):
@@ -44,7 +44,7 @@ def draw(runs):
         draw_speed(speed, run, style_of)
     to_last.set_title("F16  loss at the last index minus loss at each")
     loss.set_title("F17a  loss at each index")
-    gap.set_title(f"F17b  the same, above that of {what_differs(runs[-1], runs)}")
+    gap.set_title(f"F17b  loss minus that of {what_differs(runs[-1], runs)}")
     speed.set_title("F18  speed of learning")
     for ax in (to_last, loss, gap):
         ax.set(xlabel="context index (tokens)", ylabel="nats per token", xscale="log")
@@ -60,9 +60,9 @@ def draw(runs):
     style.caption(
         figure,
         f"Paper: figures F16 to F18. F16 and F17 at the end of training on {n_examples:,} examples,"
-        " in bins of equal width in ln index; the last bin is the last index. F18 on"
+        " in bins of equal width in ln index; the last bin stands for the last index. F18 on"
         f" {runs[0].measurements['per_token_loss'].shape[1]} examples at every snapshot, slopes of"
-        " lines fitted in ln tokens; phase changes shaded.",
+        " lines fitted in ln tokens; bars: phase changes.",
     )
     return figure
 
@@ -85,7 +85,9 @@ def draw_speed(ax, run, style_of):
     values = analysis.speed_of_learning(tokens, run.measurements["loss"])
     ax.plot(run.millions[shown], values[shown], **style_of)
     if run.window:
-        ax.axvspan(*run.window, color=style.WINDOW_COLOUR, alpha=0.1, lw=0)
+        height = 1 - 0.015 * len(ax.lines)  # of the panel
+        bar = {"color": style_of["color"], "lw": 3, "transform": ax.get_xaxis_transform()}
+        ax.plot(run.window, (height, height), **bar)
 
 
 def differ_in_width(runs):

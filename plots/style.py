@@ -19,13 +19,9 @@ import matplotlib.pyplot as plt
 # one colour for each depth, and for each layer within a model, in every figure: dark to light, so
 # that they stay apart for every kind of colour vision and in grey
 DEPTH_COLOURS = ("#2a2a6b", "#2c7fb8", "#2fa392", "#7fb241", "#c9a227", "#d98092")
-# the classes of metrics.head_class
-CLASS_COLOURS = {
-    "induction": "#49006a",
-    "prefix matching": "#ae017e",
-    "previous token": "#f768a1",
-    "other": "#b2b04a",
-}
+# the classes of metrics.head_class, but that heads that match prefixes are of one: whether a small
+# model's copies, too, is a matter of hundredths
+HEAD_COLOURS = {"matches prefixes": "#7a0177", "previous token": "#f768a1", "other": "#b2b04a"}
 WINDOW_COLOUR = "#e69f00"
 QUIET = "0.6"  # grey of what is there for comparison
 
@@ -49,11 +45,11 @@ def depth_colour(n_layers):
     return DEPTH_COLOURS[min(n_layers, len(DEPTH_COLOURS)) - 1]
 
 
-def depth_key(n_layers, kind="", marker="o"):
-    """What a legend shows for models of that depth and kind, drawn as points."""
+def depth_key(n_layers):
+    """What a legend shows for models of that depth, drawn as points."""
     return plt.Line2D(
-        [], [], ls="", marker=marker, color=depth_colour(n_layers), mec="white",
-        label=f"{n_layers} layer{'s' * (n_layers > 1)}" + f", {kind}" * bool(kind),
+        [], [], ls="", marker="o", color=depth_colour(n_layers), mec="white",
+        label=f"{n_layers} layer{'s' * (n_layers > 1)}",
     )  # fmt: skip
 
 
@@ -72,7 +68,7 @@ def save(figure, path):
     drawn = io.BytesIO()
     figure.savefig(drawn, bbox_inches="tight", format="png")
     image = Image.open(drawn).convert("RGB")
-    palette = image.quantize(256, Image.Quantize.FASTOCTREE)
+    palette = image.quantize(256, Image.Quantize.MAXCOVERAGE)
     image = image.quantize(palette=palette)  # dithered: looks the same at less than half the size
     write_whole(path, lambda temporary: image.save(temporary, "png", optimize=True))
     plt.close(figure)

@@ -220,7 +220,7 @@ def draw_patterns(runs):
 
 def draw_grids(runs, task, grid_of, titles, caption):
     """Attention, logit attribution and how all heads do on the task, a row for each run."""
-    figure = plt.figure(figsize=(14, 5.9 * len(runs) + 0.3), layout="constrained")
+    figure = plt.figure(figsize=(14, 6.2 * len(runs) + 0.3), layout="constrained")
     rows = figure.subfigures(len(runs), 1, squeeze=False)[:, 0]
     for run, row in zip(runs, rows, strict=True):
         measured = run.tasks[task]
@@ -229,7 +229,9 @@ def draw_grids(runs, task, grid_of, titles, caption):
         attention, nats = grid.matrices(measured["view"]["edges"])
         draw_matrix(axes[0], attention, scale_of(ATTENTION, 1), grid, f"attention {titles[0]}")
         blue = scale_of(ATTRIBUTION, max(nats.max(), 0.1))
-        draw_matrix(axes[1], nats, blue, grid, "logit attribution (nats) of it")
+        draw_matrix(
+            axes[1], nats, blue, grid, "what this adds to the logit of the next token (nats)"
+        )
         for ax in axes[:2]:
             for line, column in grid.cells(measured["view"]["right"]):
                 cell = (column - 0.5, line - 0.5)
@@ -247,8 +249,8 @@ def draw_grids(runs, task, grid_of, titles, caption):
 def draw_matrix(ax, values, colours, grid, title):
     ax.imshow(values, cmap=colours.cmap, norm=colours.norm, interpolation="nearest")
     places = range(len(grid.labels))
-    ax.set_xticks(places, grid.labels, rotation=90, fontsize=6.5)
-    ax.set_yticks(places, grid.labels, fontsize=6.5)
+    ax.set_xticks(places, grid.labels, rotation=90, fontsize=8)
+    ax.set_yticks(places, grid.labels, fontsize=8)
     ax.tick_params(length=1.5, pad=1)
     ax.set_title(title)
     ax.figure.colorbar(colours, ax=ax, shrink=0.5, aspect=25, pad=0.01)
