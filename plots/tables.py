@@ -1,10 +1,10 @@
-"""The tables of README.md, printed from records: the paper's claims, and the runs.
+"""The tables of README.md and results/README.md, from records: the paper's claims, and the runs.
 
     python plots/tables.py results/mini                      prints them as Markdown
-    python plots/tables.py results/mini --write README.md    replaces them there
+    python plots/tables.py results/mini --write README.md results/README.md
 
-In the README each table stands between two comments, <!-- claims --> and <!-- end of claims -->,
-<!-- runs --> and <!-- end of runs -->.
+The latter puts each between its two comments, where a page has them: <!-- claims --> and
+<!-- end of claims -->, <!-- runs --> and <!-- end of runs -->.
 """
 
 import re
@@ -110,7 +110,7 @@ def markdown(rows):
 
 
 def tables(folder):
-    """{name: Markdown}, as they stand in the README."""
+    """{name: Markdown}, as they stand in the pages."""
     return {
         name: markdown(of(folder)) for name, of in (("claims", claims_table), ("runs", runs_table))
     }
@@ -120,9 +120,7 @@ def between_comments(text, name):
     """The match of the two comments and of what is between them."""
     found = re.search(rf"(<!-- {name} -->\n)(.*?)\n?(<!-- end of {name} -->)", text, re.DOTALL)
     if not found:
-        raise BadInput(
-            f"no place for the table: put <!-- {name} --> and <!-- end of {name} --> there"
-        )
+        raise BadInput(f"after <!-- {name} --> there is no <!-- end of {name} -->")
     return found
 
 
@@ -137,17 +135,27 @@ def main(argv=None):
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("folder", type=Path, help="of the records of all runs")
-    add("--write", type=Path, metavar="FILE", help="the page to put them in (default: print them)")
+    add(
+        "--write",
+        type=Path,
+        nargs="+",
+        metavar="PAGE",
+        help="the pages to put them in (default: print them)",
+    )
     args = parser.parse_args(argv)
     found = tables(args.folder)
     if not args.write:
         print("\n\n".join(found.values()))
         return
-    text = args.write.read_text()
-    for name, table in found.items():
-        text = put(text, name, table)
-    write_whole(args.write, lambda path: path.write_text(text))
-    print(f"-> {args.write}")
+    for page in args.write:
+        text = page.read_text()
+        places = [name for name in found if f"<!-- {name} -->" in text]
+        if not places:
+            raise BadInput(f"{page}: no place for a table: <!-- {' --> or <!-- '.join(found)} -->")
+        for name in places:
+            text = put(text, name, found[name])
+        write_whole(page, lambda path, text=text: path.write_text(text))
+        print(f"-> {page}")
 
 
 if __name__ == "__main__":

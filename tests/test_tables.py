@@ -283,14 +283,16 @@ def test_the_tables_have_a_row_for_every_claim_and_run(good):
 
 
 def test_the_tables_are_put_between_their_comments(good, tmp_path, capsys):
-    page = tmp_path / "README.md"
+    page, other = tmp_path / "README.md", tmp_path / "other.md"
+    other.write_text("<!-- runs -->\n<!-- end of runs -->\n")
     places = (
         "<!-- claims -->\n<!-- end of claims -->\n",
         "<!-- runs -->\nold\n<!-- end of runs -->\n",
     )
     empty = "top\n{}middle\n{}end\n".format(*places)
     page.write_text(empty)
-    assert tables.main([str(good), "--write", str(page)]) == 0
+    assert tables.main([str(good), "--write", str(page), str(other)]) == 0
+    assert tables.between_comments(other.read_text(), "runs")[2] == tables.tables(good)["runs"]
     once = page.read_text()
     assert tables.main([str(good), "--write", str(page)]) == 0
     assert page.read_text() == once
@@ -300,13 +302,14 @@ def test_the_tables_are_put_between_their_comments(good, tmp_path, capsys):
     assert re.sub(r"(?m)^\|.*\n", "", once) == empty.replace("old\n", "")
 
 
-def test_a_page_without_a_place_is_told_in_one_line(good, tmp_path, capsys):
+@pytest.mark.parametrize("text", ["nothing", "<!-- claims -->\nand no end"])
+def test_a_page_without_a_place_is_told_in_one_line(good, tmp_path, capsys, text):
     page = tmp_path / "README.md"
-    page.write_text("nothing")
+    page.write_text(text)
     assert tables.main([str(good), "--write", str(page)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "<!-- claims -->" in error
-    assert page.read_text() == "nothing"
+    assert page.read_text() == text
     assert tables.main([str(tmp_path)]) == 2
 
 
@@ -315,11 +318,11 @@ def test_the_tables_are_printed(good, capsys):
     assert capsys.readouterr().out == "\n\n".join(tables.tables(good).values()) + "\n"
 
 
-def test_the_readme_and_the_records_say_the_same(monkeypatch):
+def test_the_pages_and_the_records_say_the_same(monkeypatch):
     monkeypatch.chdir(ROOT)
     folder = Path("results/mini")
     if not list(folder.glob("*/summary.json")):
         pytest.skip("no records of runs in results/mini")
-    readme = Path("README.md").read_text()
-    for name, table in tables.tables(folder).items():
-        assert tables.between_comments(readme, name)[2] == table
+    found = tables.tables(folder)
+    for name, page in ("claims", "README.md"), ("runs", "results/README.md"):
+        assert tables.between_comments(Path(page).read_text(), name)[2] == found[name]
