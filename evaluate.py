@@ -163,17 +163,22 @@ def conclusion(summary):
         f"best prefix-matching head {matching['head']} ({matching['score']:.2f}), best"
         f" previous-token head {previous['head']} ({previous['score']:.2f})"
     )
-    score = (
-        f"{summary['icl_score']:+.2f} +- {summary['icl_score_error']:.2f}"
-        f" on {summary['examples']:,} examples"
+    band, score = (
+        f"{summary[name]:+.2f} +- {summary[f'{name}_error']:.2f}"
+        for name in ("icl_band_score", "icl_score")
+    )
+    at_end = (
+        f"{band} (token {metrics.LATE} minus token {metrics.EARLY} {score}) on"
+        f" {summary['examples']:,} examples; {heads}"
     )
     change = summary["phase_change"]
     if change is None:
-        return f"no phase change; in-context learning score {score}; {heads}"
+        return f"no phase change; in-context learning between bands {at_end}"
+    start, end = (change[edge] / 1e6 for edge in ("start_tokens", "end_tokens"))
+    before, after = summary["icl_band_before"], summary["icl_band_after"]
     return (
-        f"phase change from {change['start_tokens'] / 1e6:.2f}M to"
-        f" {change['end_tokens'] / 1e6:.2f}M tokens: in-context learning score"
-        f" {summary['icl_before']:+.2f} -> {summary['icl_after']:+.2f}, at the end {score}; {heads}"
+        f"phase change from {start:.2f}M to {end:.2f}M tokens: in-context learning between bands"
+        f" {before:+.2f} -> {after:+.2f}, at the end {at_end}"
     )
 
 
