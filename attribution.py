@@ -60,6 +60,7 @@ class Ablations:
             "scored_positions": self.scored,
             "together": {name: list(map(evaluate.label, some)) for name, some in self.sets.items()},
             "phase_change_steps": list(self.window),
+            "before_and_after": "share",
         }
 
     def machine(self):

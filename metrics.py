@@ -56,10 +56,13 @@ def before_and_after_attribution(change, vector):
 
     In shares of what the phase change did, the same for any number of examples: the paper's dot
     product with a unit vector, by the length of the change. -1: without the head all of it is
-    undone; positive: there is more of it.
+    undone; positive: there is more of it. Both are sums over examples, and the error is of their
+    ratio.
     """
     products = change * vector
-    return products.sum().item(), (products.std() * len(products) ** 0.5).item()
+    share = products.sum()
+    own = vector.square() / vector.square().sum()  # the products of the phase change itself
+    return share.item(), ((products - share * own).std() * len(own) ** 0.5).item()
 
 
 def log_position_bins(values, n_bins, first=4):

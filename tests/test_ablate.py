@@ -244,7 +244,8 @@ def test_a_run_is_ablated_with_its_before_and_after_vector(run, command, corpus,
         change = losses_with(model, examples, [head]) - losses_with(model, examples, [])
         products = change[range(6), examples.scored[:, -1]] * vector
         assert records[-1]["before_and_after"][head] == pytest.approx(products.sum(), abs=1e-3)
-        error = products.std(ddof=1) * 6**0.5
+        rest = products - products.sum() * vector * (own[1] - own[0])
+        error = rest.std(ddof=1) * 6**0.5
         assert records[-1]["before_and_after_error"][head] == pytest.approx(error, abs=1e-3)
     assert "of what it did to the per-token losses" in out
 
@@ -381,8 +382,10 @@ def test_before_and_after_by_hand():
     assert vector.tolist() == pytest.approx([-3 / 25, -4 / 25])
     dot, error = metrics.before_and_after_attribution(start - end, vector)
     assert dot == pytest.approx(-1)  # all the way back
-    # products -0.36 and -0.64: their sum varies by sqrt(2) of their deviation
-    assert error == pytest.approx(2**0.5 * 0.28 / 2**0.5)
+    assert error == pytest.approx(0, abs=1e-6)  # on whatever examples
+    # -0.36 and 0, of which -0.36 times (0.36, 0.64) is taken off: -0.2304 and 0.2304
+    some, error = metrics.before_and_after_attribution(torch.tensor([3.0, 0.0]), vector)
+    assert (some, error) == (pytest.approx(-0.36), pytest.approx(0.4608))
     four = metrics.before_and_after_vector(start.repeat(2), end.repeat(2))
     dot, error = metrics.before_and_after_attribution((start - end).repeat(2) / 2, four)
     assert dot == pytest.approx(-0.5)  # half of it, on any number of examples
