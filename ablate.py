@@ -31,6 +31,7 @@ from attribution import QUANTITIES, Ablations
 from data import evaluation_rows
 from measure import N_CTX
 from parallel import Ranks
+from plots.analysis import positive_share
 from progress import PROGRESS_SECONDS
 from records import difference, read_json, read_records, write_json, write_records
 from safety import ArgumentParser, BadInput, one_line_errors
@@ -338,9 +339,8 @@ def answer(setup, records):
 
 
 def share(records, name, heads):
-    positive = sum(record[name].clip(min=0) for record in records)
-    carried = sum(positive[head] for head in heads)
-    return f"{carried / positive.sum():.0%}" if positive.any() else "none"
+    found = positive_share([record[name] for record in records], heads)
+    return "none" if np.isnan(found) else f"{found:.0%}"
 
 
 if __name__ == "__main__":

@@ -155,9 +155,12 @@ def gap_share(small, large, position=10, least=0.01):
 
 def positive_share(attribution, heads):
     """Share of the positive attribution [snapshot, layer, head] that the heads [(layer, head)]
-    carry, summed over snapshots; nan if nothing is positive.
+    carry, of the mean over snapshots; nan if nothing is positive.
+
+    The mean comes first: of heads that do nothing, half of the noise is positive, and summed
+    snapshot by snapshot it would pass for attribution.
     """
-    positive = np.clip(attribution, 0, None).sum(axis=0)
+    positive = np.clip(np.mean(attribution, axis=0), 0, None)
     return sum(positive[head] for head in heads) / positive.sum() if positive.any() else np.nan
 
 

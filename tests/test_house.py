@@ -74,6 +74,7 @@ ALLOWED = {
         "sweep",
     },
     "ablate": {
+        "plots",
         "progress",
         "safety",
         "parallel",
