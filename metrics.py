@@ -27,7 +27,7 @@ def band_score(losses, early=EARLY_BAND, late=LATE_BAND):
     """The in-context learning score with each of its two positions widened to a band, both ends
     included.
 
-    The same quantity with a fifth of the noise, for finding the phase change in few examples;
+    The same quantity with a quarter of the noise, for finding the phase change in few examples;
     (score, error).
     """
     late_loss = losses[:, late[0] - 1 : late[1]].mean(dim=1)

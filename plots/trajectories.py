@@ -81,32 +81,34 @@ def is_plain(run):
     return not run.made["config"]["smear"] and run.series != "width"
 
 
-def pivot_angle(points, tokens, window):
-    """By how much a path turns where the window begins: the angle, 0 to 180 degrees, between its
-    mean velocity until then and its mean velocity in the window. nan if either is zero.
+def pivot_angles(points, tokens, window):
+    """By how much a path turns: the angles, 0 to 180 degrees, of its mean velocities in the window
+    and after it with that until it begins. nan if one of the two is zero.
 
     points [snapshot, dimension] at `tokens` [snapshot]; window: (start, end), in the same unit. A
     mean velocity is the way from one snapshot to another by the tokens between, so only the
-    snapshots next to 0, start and end count.
-
-    In the plane a straight path has 0 and the paper's "orthogonal pivot" 90. In the space of all
-    losses angles are not far from 90 with or without a pivot: other tokens are learned later.
+    snapshots next to 0, start, end and the last count. A straight path has 0 and the paper's
+    "orthogonal pivot" 90.
     """
     start, end = (np.abs(tokens - edge).argmin() for edge in window)
     before, within = points[start] - points[0], points[end] - points[start]
-    length = np.linalg.norm(before) * np.linalg.norm(within)
-    cosine = np.clip(before @ within / length, -1, 1) if length else np.nan
+    return angle(before, within), angle(before, points[-1] - points[end])
+
+
+def angle(one, other):
+    length = np.linalg.norm(one) * np.linalg.norm(other)
+    cosine = np.clip(one @ other / length, -1, 1) if length else np.nan
     return float(np.degrees(np.arccos(cosine)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Pivot:
-    """The turn of one run's path, in degrees."""
+    """How one run's path in the plane turns, degrees."""
 
     window: tuple  # millions of tokens
     own_window: bool  # a run without one is judged in the median window of the others
-    in_plane: float
-    in_space: float
+    within: float  # in the window
+    after: float
 
 
 def pivots(runs):
@@ -123,7 +125,7 @@ def pivots(runs):
         for run in group:
             millions, losses = losses_through_training(run)
             window = run.window or usual
-            angles = (pivot_angle(x, millions, window) for x in (plane.project(losses), losses))
+            angles = pivot_angles(plane.project(losses), millions, window)
             found[run.name] = Pivot(window, run.window is not None, *angles)
     return found
 
@@ -214,7 +216,7 @@ def draw(runs, plane=()):
 def pivot_label(pivot):
     if pivot is None:
         return ""
-    return f"\nturns by {pivot.in_plane:.0f}°" + ("" if pivot.own_window else " (no window)")
+    return f"\nturns by {pivot.within:.0f}°" + ("" if pivot.own_window else " (no window)")
 
 
 def add_plane_flag(add):

@@ -27,7 +27,8 @@ GOOD = {
     "slope_before": 0.0,  # d loss / d ln position
     "slope_after": -0.1,
     "one_slope": 0.0,
-    "turn": 80,  # degrees
+    "turn": 80,  # degrees, in the window
+    "turn_after": 80,
     "one_turn": 10,
     "second_turn": 20,  # of a model on a second corpus
     "smear_end": -0.4,
@@ -150,12 +151,13 @@ def make_run(folder, knobs, n_layers, mlp=False, width=128, smear=False, rank=0,
         per_token_loss=np.zeros((len(TOKENS), 88)),
     )
     slope = "one_slope" if lacks else "slope_after"
+    turns = [knobs["one_turn"]] * 2 if lacks else [knobs["turn"], knobs["turn_after"]]
     slopes = [knobs["one_slope" if lacks else "slope_before"], knobs[slope], knobs[slope]]
     np.savez(
         folder / "evaluation.npz",
         tokens=EVALUATED,
         loss_by_position=[context_curve(knobs, x, rank) for x in (slopes[0], *slopes)],
-        per_token_loss=path(knobs["one_turn" if lacks else "turn"]),
+        per_token_loss=path(*turns),
     )
     if n_layers > 1:
         write_ablations(folder, knobs, heads, n_layers)
@@ -205,12 +207,13 @@ def context_curve(knobs, slope, rank):
     return loss - 0.1 * rank * np.where(position <= 12, knobs["early_share"], 1)
 
 
-def path(degrees):
-    """Per-token losses [snapshot, token] that turn where the window starts."""
-    turn = np.radians(degrees)
-    steps = np.array([(0, 0), (10, 0), 10 * np.array([np.cos(turn), np.sin(turn)])])
-    points = np.vstack([steps.cumsum(axis=0), (20, 10)])
-    return points @ np.eye(2, 20)
+def path(within, after):
+    """Per-token losses [snapshot, token] that run straight until the window starts; degrees by
+    which they turn from there in it and after it.
+    """
+    turns = np.radians([0, within, after])
+    steps = 10 * np.stack([np.cos(turns), np.sin(turns)], axis=1)
+    return np.vstack([(0, 0), steps.cumsum(axis=0)]) @ np.eye(2, 20)
 
 
 def write_ablations(folder, knobs, heads, n_layers):

@@ -115,14 +115,16 @@ def test_the_pivot_angle_of_a_path_of_two_straight_lines(direction, angle):
     until = np.linspace((0, 0), (10, 0), 11)
     points = np.concatenate([until, until[-1] + np.outer(np.arange(1, 6), direction), [(3, 3)]])
     losses, _ = embed(points)
+    back = float(np.degrees(np.arctan2(3, 3 - points[15][0])))  # to the last point, (3, 3)
     for path in points, losses:
-        assert trajectories.pivot_angle(path, np.arange(17), (10, 15)) == pytest.approx(
-            angle, abs=1e-4
-        )
+        within, after = trajectories.pivot_angles(path, np.arange(17), (10, 15))
+        assert within == pytest.approx(angle, abs=1e-4)
+        if direction[1] == 0:  # the window ends on the first line
+            assert after == pytest.approx(back, abs=1e-4)
 
 
 def test_a_path_that_stands_still_has_no_pivot_angle():
-    assert np.isnan(trajectories.pivot_angle(np.ones((9, 3)), np.arange(9), (3, 6)))
+    assert np.isnan(trajectories.pivot_angles(np.ones((9, 3)), np.arange(9), (3, 6))).all()
 
 
 def path_run(folder, points, n_layers=2, change=CHANGE, n_tokens=60, **more):
@@ -156,7 +158,7 @@ def test_pivots_of_runs_with_and_without_a_window(tmp_path):
     found = trajectories.pivots(runs)
     assert found["2L"].own_window and not found["1L"].own_window
     assert found["1L"].window == found["2L"].window == (1.0, 2.0)
-    for angle in "in_plane", "in_space":
+    for angle in "within", "after":
         assert getattr(found["2L"], angle) == pytest.approx(90, abs=1e-3)
         assert getattr(found["1L"], angle) == pytest.approx(0, abs=1e-3)
     assert trajectories.pivots(runs[:1]) == {}
@@ -172,7 +174,7 @@ def test_a_run_without_a_window_is_judged_in_the_median_of_the_others(tmp_path):
     windows = [(1.2, 2.2)] + [(start / 10, end / 10) for start, end in spans]
     assert [found[run.name].window for run in runs] == [pytest.approx(w) for w in windows]
     risen = np.degrees(np.arctan2(10, 9))  # from (1, 0) to (10, 10) before its window
-    assert found["2L-2"].in_plane == pytest.approx(90 - risen)
+    assert found["2L-2"].within == pytest.approx(90 - risen)
 
 
 def test_the_untrained_and_the_smeared_do_not_shape_the_plane(tmp_path):

@@ -72,6 +72,7 @@ def test_heads_that_do_one_or_the_other_are_no_induction_heads(tmp_path):
         ("Q6", "slope_after", -0.051, -0.049),
         ("Q6", "one_slope", -0.049, -0.051),
         ("Q7", "turn", 46, 44),
+        ("Q7", "turn_after", 46, 44),
         ("Q7", "one_turn", 44, 46),
         ("Q7", "second_turn", 44, 46),
         ("Q8", "smear_end", -0.33, -0.31),
@@ -189,9 +190,10 @@ def test_a_model_without_a_window_speaks_for_itself_alone(tmp_path):
     world = make_world(tmp_path / "mini")
     summary = json.loads((world / "3L" / "summary.json").read_text())
     (world / "3L" / "summary.json").write_text(json.dumps(summary | {"phase_change": None}))
-    deeper, one_layer, second = BY_NAME["Q7"].judge(load_all(world))
-    assert [name for name, holds in deeper.holds.items() if not holds] == ["3L"]
-    for controls in one_layer, second:
+    within, one_layer, second, after, *more = BY_NAME["Q7"].judge(load_all(world))
+    for deeper in within, after:
+        assert [name for name, holds in deeper.holds.items() if not holds] == ["3L"]
+    for controls in one_layer, second, *more:
         assert all(controls.holds.values()) and controls.holds
 
 
