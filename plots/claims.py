@@ -2,8 +2,9 @@
 reproducing it, judged by the records.
 
 Where the paper names no number the one here stands in the claim's words. It was chosen before any
-claim was judged by the runs of `mini`, of which the table of runs was known. Changed since: Q5, where
-three standard errors became four when they were seen to fire in one run of six on convex curves with noise; Q7, which got controls on a second corpus and the angle after the window; Q9,
+claim was judged by the runs of `mini`, of which the table of runs was known. Changed since: Q5,
+where three standard errors became four when they were seen to fire in one run of six on convex
+curves with noise; Q7, which got controls on a second corpus and the angle after the window; Q9,
 whose share took noise for attribution (analysis.positive_share); Q12 (A1), which no longer counts
 models of two layers. In-context learning scores are between bands of positions
 (metrics.band_score): the paper's quantity with a quarter of the noise of its two positions. Heads
