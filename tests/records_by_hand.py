@@ -246,8 +246,12 @@ def circuits(heads, knobs):
     for row in heads:
         first = row["head"].startswith("0:")
         copying, match = (knobs["eigenvalues"] * row[k] for k in ("copying", "prefix_matching"))
-        numbers = {"ov_copying": copying, "qk_match": None if first else 10 * match}
-        rows.append({**row, **numbers, **{f"{k}_direct": value for k, value in numbers.items()}})
+        direct = {"ov_copying_direct": copying, "qk_match_direct": None if first else 10 * match}
+        every = {
+            "ov_copying": -copying,
+            "qk_match": -10 * match,
+        }  # on all paths, which do not count
+        rows.append({**row, **direct, **every})
     return rows
 
 
