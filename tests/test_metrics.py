@@ -227,6 +227,13 @@ def test_head_classes():
     assert metrics.head_class(0.1, 0.9, 0.1) == "other"
 
 
+def test_four_tenths_of_the_attention_make_a_class():
+    assert metrics.head_class(0.4, 0.9, 0.0) == "induction"
+    assert metrics.head_class(0.39, 0.9, 0.0) == "other"
+    assert metrics.head_class(0.0, 0.0, 0.4) == "previous token"
+    assert metrics.head_class(0.0, 0.0, 0.39) == "other"
+
+
 # the phase change
 
 
@@ -298,6 +305,18 @@ def test_a_descent_that_undoes_an_earlier_rise_is_no_phase_change():
 def test_a_drop_in_the_first_steps_is_no_phase_change():
     tokens = np.linspace(0, 8e6, 101)
     assert metrics.phase_change(-0.3 * (tokens > 1e5), tokens) is None
+
+
+def test_a_drop_soon_after_the_first_steps_is_one():
+    tokens = np.linspace(0, 8e6, 401)
+    first, last = metrics.phase_change(-0.3 * (tokens > 0.04 * 8e6), tokens)
+    assert tokens[first] < 0.04 * 8e6 < tokens[last]
+
+
+def test_a_phase_change_is_of_a_tenth_of_a_nat_or_more():
+    tokens = np.linspace(0, 8e6, 101)
+    assert metrics.phase_change(logistic_drop(tokens, 4e6, 2e5, 0, -0.08), tokens) is None
+    assert metrics.phase_change(logistic_drop(tokens, 4e6, 2e5, 0, -0.13), tokens)
 
 
 def test_phase_change_is_none_without_a_descent_or_with_too_few_snapshots():
