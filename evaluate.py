@@ -7,6 +7,10 @@
 A record holds, for one snapshot, the paper's quantities (see metrics.py): in-context learning
 score, loss by position, the per-token loss vector and three scores for each head. `train.py` has
 made one of each snapshot as it took it (measure.py); here more examples can be had.
+
+Two columns of the table are controls. Prefix matching is attention to what followed the earlier
+copies of the present token; beside it stand the attention to the *earlier copy* itself and to the
+token *before it*, near 0 in a head that does nothing but induction.
 """
 
 import contextlib
@@ -137,12 +141,13 @@ def pick_heads(table, wanted):
     return sorted(tuple(map(int, name.split(":"))) for name in set(chosen))
 
 
-def print_heads(rows):
-    print("  head  prefix matching  copying  previous token  class")
-    for row in rows:
+def print_heads(record):
+    print("  head  prefix matching  earlier copy  before it  copying  previous token  class")
+    controls = (record[name].flat for name in ("match_itself", "match_before"))
+    for row, itself, before in zip(heads_table(record), *controls, strict=True):
         print(
-            f"{row['head']:>6}  {row['prefix_matching']:>15.3f}  {row['copying']:>+7.2f}"
-            f"  {row['previous_token']:>14.3f}  {row['class']}"
+            f"{row['head']:>6}  {row['prefix_matching']:>15.3f}  {itself:>12.3f}  {before:>9.3f}"
+            f"  {row['copying']:>+7.2f}  {row['previous_token']:>14.3f}  {row['class']}"
         )
 
 
@@ -303,7 +308,7 @@ def evaluate_snapshot(args, ranks):
         f" nats (token {metrics.LATE} minus token {metrics.EARLY}); between bands"
         f" {record['icl_band_score']:+.3f} +- {record['icl_band_score_error']:.3f}"
     )
-    print_heads(heads_table(record))
+    print_heads(record)
     if args.out:
         write_records(args.out, [record])
         print(f"-> {args.out}")
@@ -329,14 +334,14 @@ def evaluate_run(args, ranks):
         return
     write_records(out, records)
     if args.snapshots:  # too few to find the phase change on
-        print_heads(heads_table(records[-1]))
+        print_heads(records[-1])
         print(f"{one_line(records[-1])}\n-> {out}")
         return
     summary = summarise(records, records.__getitem__)
     if args.out is None and (args.path / "summary.json").exists():
         summary = read_json(args.path / "summary.json") | summary
         write_json(args.path / "summary.json", summary)
-    print_heads(summary["heads"])
+    print_heads(records[-1])
     print(conclusion(summary))
     print(f"-> {out}")
 

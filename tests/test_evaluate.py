@@ -289,10 +289,10 @@ def test_a_snapshot_is_printed_as_a_table_of_heads(run, text_file, record, capsy
     table = {line.split()[0]: line.split() for line in lines if line.strip()[:2] in ("0:", "1:")}
     assert list(table) == ["0:0", "0:1", "1:0", "1:1"]
     for layer, head in np.ndindex(2, 2):
-        _, prefix, copying, previous, *_ = table[f"{layer}:{head}"]
-        assert float(prefix) == pytest.approx(record["prefix_matching"][layer, head], abs=1e-3)
-        assert float(copying) == pytest.approx(record["copying"][layer, head], abs=1e-2)
-        assert float(previous) == pytest.approx(record["previous_token"][layer, head], abs=1e-3)
+        names = "prefix_matching", "match_itself", "match_before", "copying", "previous_token"
+        for name, shown in zip(names, table[f"{layer}:{head}"][1:], strict=False):  # then the class
+            precision = 1e-2 if name == "copying" else 1e-3
+            assert float(shown) == pytest.approx(record[name][layer, head], abs=precision)
     assert read_records(Path("record.npz"))[0]["step"] == 5
 
 
