@@ -105,7 +105,7 @@ def prefix_matching_keys(tokens, offset=1):
     n_ctx = tokens.shape[1]
     key = torch.arange(n_ctx, device=tokens.device)
     query, copy = key[:, None], key - offset
-    earlier_copy = (copy >= 1) & (copy < query) & (key <= query)
+    earlier_copy = (copy >= 1) & (copy < query)
     same_token = tokens[:, :, None] == tokens[:, copy.clamp(0, n_ctx - 1)][:, None, :]
     return same_token & earlier_copy
 
@@ -120,9 +120,8 @@ def prefix_matching_score(pattern, tokens, offset=1):
     head has 1, uniform attention 0.0307 on the paper's 4 x 25 tokens.
     """
     keys = prefix_matching_keys(tokens, offset)
-    queries = prefix_matching_keys(tokens).any(dim=-1)  # the same rows for every offset
-    mass = (pattern * keys[:, None]).sum(dim=-1)  # [batch, head, query]
-    return (mass * queries[:, None]).sum(dim=(0, 2)) / queries.sum()
+    mass = (pattern * keys[:, None]).sum(dim=(0, 2, 3))
+    return mass / keys.any(dim=-1).sum()  # the same queries for every offset
 
 
 def previous_token_score(pattern):

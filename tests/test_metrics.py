@@ -86,6 +86,8 @@ def test_prefix_matching_keys_by_brute_force():
                     if tokens[b, j] == tokens[b, q] and j + offset <= q
                 }
                 assert set(keys[b, q].nonzero().flatten().tolist()) == expected
+        same_for_all = torch.equal(keys.any(-1), metrics.prefix_matching_keys(tokens).any(-1))
+        assert same_for_all, offset
 
 
 def test_prefix_matching_score_by_brute_force():
