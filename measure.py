@@ -82,9 +82,6 @@ def measure(model, examples, cores, ranks):
         "loss_by_position": loss_by_position,
         "per_token_loss": losses.gather(1, examples.scored[:, -1:].cpu()).squeeze(1),
     }
-    record["derivative_position"], record["loss_derivative"] = metrics.log_position_derivative(
-        loss_by_position
-    )
     return {
         name: value.numpy(force=True) if torch.is_tensor(value) else value
         for name, value in (record | scores).items()

@@ -5,7 +5,6 @@ token and i - 1 tokens of context. Losses are in nats. Patterns are [batch, head
 summing to 1.
 """
 
-import itertools
 import math
 
 import torch
@@ -63,35 +62,6 @@ def before_and_after_attribution(change, vector):
     share = products.sum()
     own = vector.square() / vector.square().sum()  # the products of the phase change itself
     return share.item(), ((products - share * own).std() * len(own) ** 0.5).item()
-
-
-def log_position_bins(values, n_bins, first=4):
-    """Means over bins of equal width in ln(position), from position `first` on.
-
-    values [..., pos] -> (the bins' mean ln(position) [bin], means [..., bin]). There are fewer than
-    n_bins bins where they would be narrower than a position.
-    """
-    n_ctx = values.shape[-1]
-    edges = (
-        torch.logspace(math.log2(first), math.log2(n_ctx + 1), n_bins + 1, base=2)
-        .round()
-        .long()
-        .unique()
-    )
-    log_position = torch.arange(1, n_ctx + 1, dtype=torch.float64).log()
-    bins = [slice(start - 1, stop - 1) for start, stop in itertools.pairwise(edges.tolist())]
-    centres = torch.stack([log_position[piece].mean() for piece in bins])
-    return centres, torch.stack([values[..., piece].mean(dim=-1) for piece in bins], dim=-1)
-
-
-def log_position_derivative(loss_by_position, n_bins=12):
-    """d loss / d ln(position): what one e-fold more context is worth ("loss derivatives"), nats.
-
-    loss_by_position [..., pos] -> (position at the bins' centres [bin], derivative [..., bin]).
-    Differentiated after binning (`log_position_bins`), because single positions are noise.
-    """
-    centres, binned = log_position_bins(loss_by_position, n_bins)
-    return centres.exp(), torch.gradient(binned, spacing=(centres,), dim=-1)[0]
 
 
 def prefix_matching_keys(tokens, offset=1):

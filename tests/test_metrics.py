@@ -55,22 +55,6 @@ def test_band_score_averages_both_bands_with_their_ends():
     assert metrics.band_score(losses)[0] == pytest.approx(-2.0)
 
 
-def test_log_position_derivative_of_a_logarithm_is_its_slope():
-    position = torch.arange(1, 513, dtype=torch.float64)
-    loss = torch.stack([5 - 0.3 * position.log(), 2 + 0.1 * position.log()])
-    centres, derivative = metrics.log_position_derivative(loss)
-    assert torch.allclose(derivative[0], torch.tensor(-0.3, dtype=torch.float64), atol=1e-9)
-    assert torch.allclose(derivative[1], torch.tensor(0.1, dtype=torch.float64), atol=1e-9)
-    assert centres[0] >= 4 and centres[-1] <= 512 and (centres.diff() > 0).all()
-
-
-def test_log_position_bins_take_every_position_from_the_fourth_on_once():
-    _, weights = metrics.log_position_bins(torch.eye(512), n_bins=32)  # [position, bin]
-    assert (weights[:3] == 0).all()
-    assert ((weights[3:] > 0).sum(dim=1) == 1).all()
-    assert torch.allclose(weights.sum(dim=0), torch.ones(weights.shape[1]))
-
-
 # prefix matching
 
 
