@@ -24,7 +24,7 @@ import torch
 
 import metrics
 from corpora import BUILT_IN, open_corpus
-from measure import N_CTX, draw_examples, measure
+from measure import N_CTX, copying_variants, draw_examples, measure
 from parallel import Cores, Ranks
 from records import read_json, read_records, write_json, write_records
 from safety import ArgumentParser, BadInput, one_line_errors
@@ -151,6 +151,15 @@ def print_heads(record):
         )
 
 
+def print_copying(record):
+    names = [name for name in record if name.startswith("copying")]
+    titles = [name.removeprefix("copying_").replace("_", " ") for name in names]
+    print("  ".join(["  head", *titles]))
+    for place in np.ndindex(record["copying"].shape):
+        scores = (f"{record[n][place]:>+{len(t)}.2f}" for n, t in zip(names, titles, strict=True))
+        print("  ".join([f"{label(place):>6}", *scores]))
+
+
 def one_line(record):
     """A record's three most telling numbers."""
     matching, previous = best_head(record["prefix_matching"]), best_head(record["previous_token"])
@@ -264,6 +273,11 @@ def main(argv=None):
     add_flags(add)
     add_snapshots_flag(add, "all")
     add(
+        "--copying-variants",
+        action="store_true",
+        help="of a snapshot: the copying score after a start token and by destination, too",
+    )
+    add(
         "--out",
         type=Path,
         help="file for the records (default: measurements.npz of a run, evaluation.npz with"
@@ -271,6 +285,8 @@ def main(argv=None):
     )
     args = parser.parse_args(argv)
     check_snapshots(args)
+    if args.copying_variants and args.path.is_dir():
+        raise BadInput(f"--copying-variants takes one snapshot, and {args.path} is a folder")
     args.device = pick_device(args.device)
     args.kernels = pick_kernels(args.kernels, args.device)
     ranks = Ranks(args.device)
@@ -309,6 +325,8 @@ def evaluate_snapshot(args, ranks):
         f" {record['icl_band_score']:+.3f} +- {record['icl_band_score_error']:.3f}"
     )
     print_heads(record)
+    if args.copying_variants:
+        print_copying(record)
     if args.out:
         write_records(args.out, [record])
         print(f"-> {args.out}")
@@ -381,6 +399,8 @@ def prepare(args, trained_on, ranks):
     def measure_file(path):
         model, about = load_fitting(path, corpus, args.kernels)
         record = measure(model.to(args.device), examples, cores, ranks)
+        if args.copying_variants:
+            record |= copying_variants(model, examples)
         return {"step": about["step"], "tokens": about["tokens"], **record}
 
     return measure_file

@@ -108,7 +108,7 @@ def own_token_score(pattern):
     return pattern.diagonal(dim1=2, dim2=3)[..., 1:].mean(dim=(0, 2))
 
 
-def copying_score(pattern, logit_effect):
+def copying_score(pattern, logit_effect, by_destination=False):
     """Does a head raise the logit of the token it attends to, more than of the other tokens of the
     sample?
 
@@ -121,11 +121,20 @@ def copying_score(pattern, logit_effect):
     sample, both weighted by attention, the paper's ratio "0 to 0.5" is a / (a + T), scaled to [-1,
     1]. A head that raises all 25 tokens alike has -0.85; the score is positive if more than a third
     of the raise goes to the attended token.
+
+    by_destination: what counts is the raise by all values together that a query takes in, not by
+    each on its own. That penalises diffuse attention: a head that copies perfectly, and attends to
+    n tokens alike, shares the raise out among them (n > 3: negative). Never compare the two.
     """
-    raised = logit_effect.relu()
-    attention = pattern.sum(dim=2)  # [batch, head, key]
-    own = (attention * raised.diagonal(dim1=2, dim2=3)).sum(dim=(0, 2))
-    total = (attention * raised.sum(dim=3)).sum(dim=(0, 2))
+    if by_destination:
+        raised = (pattern @ logit_effect).relu()  # [batch, head, query, token]
+        own = (pattern * raised).sum(dim=(0, 2, 3))
+        total = (pattern.sum(dim=3, keepdim=True) * raised).sum(dim=(0, 2, 3))
+    else:
+        raised = logit_effect.relu()
+        attention = pattern.sum(dim=2)  # [batch, head, key]
+        own = (attention * raised.diagonal(dim1=2, dim2=3)).sum(dim=(0, 2))
+        total = (attention * raised.sum(dim=3)).sum(dim=(0, 2))
     ratio = torch.where(
         total > 0, own / (own + total), torch.zeros_like(own)
     )  # nothing raised: nothing copied

@@ -296,6 +296,26 @@ def test_a_snapshot_is_printed_as_a_table_of_heads(run, text_file, record, capsy
     assert read_records(Path("record.npz"))[0]["step"] == 5
 
 
+def test_other_readings_of_copying_are_printed_too(run, text_file, model, examples, capsys):
+    flags = "--copying-variants", "--out", "record.npz"
+    assert evaluate.main(command(run / "snapshots" / "step_0000005.pt", text_file, *flags)) == 0
+    *_, titles, _, _, row, _, _ = capsys.readouterr().out.splitlines()
+    assert titles == "  head  copying  start token  by destination  both"
+    record, seen, expected = read_records(Path("record.npz"))[0], {}, []
+    names = "copying", "copying_start_token", "copying_by_destination", "copying_both"
+    for name, (by_destination, start) in zip(names, np.ndindex(2, 2), strict=True):
+        tokens = examples.repeated[:, 1 - start : 26]
+        with torch.no_grad():
+            model.residual(tokens, lambda name, layer, value: seen.update({name: value}))
+        effect = measure.logit_effect(model, 1, seen["v"], tokens)[:, :, start:, start:]
+        pattern = seen["pattern"][:, :, start:, start:]
+        expected.append(metrics.copying_score(pattern, effect, by_destination).numpy(force=True))
+        assert record[name][1] == pytest.approx(expected[-1], abs=1e-5)
+    shown = [float(number) for number in row.split()[1:]]
+    assert shown == pytest.approx([of_heads[0] for of_heads in expected], abs=0.01)
+    assert "takes one snapshot" in refused(capsys, command(run, text_file, "--copying-variants"))
+
+
 def test_a_run_is_measured_snapshot_by_snapshot(run, text_file, capsys):
     (run / "summary.json").write_text(json.dumps({"tokens": 500, "examples": 1, "loss": 0.0}))
     assert evaluate.main(command(run, text_file)) == 0

@@ -202,6 +202,20 @@ def test_attention_weighs_copying():
     assert metrics.copying_score(both, effect).item() == pytest.approx(4 * (1 / 3) - 1)
 
 
+def test_copying_by_destination_penalises_diffuse_attention():
+    effect = torch.tensor([[2.0, -1.0], [-1.0, 1.0]])[None, None]
+    pattern = torch.tensor([[1.0, 0.0], [0.5, 0.5]])[None, None]
+    # raised at the queries: (2, 0) and (0.5, 0); of it 2 and 0.25 on what is attended to
+    expected = pytest.approx(4 * 2.25 / (2.25 + 2.5) - 1)
+    assert metrics.copying_score(pattern, effect, by_destination=True).item() == expected
+    # with the other half of all attention left out, as that on a start token is
+    assert metrics.copying_score(pattern / 2, effect, by_destination=True).item() == expected
+    assert metrics.copying_score(pattern, effect).item() == 1
+    uniform = torch.full((1, 1, 25, 25), 1 / 25)
+    score = metrics.copying_score(uniform, torch.eye(25)[None, None], by_destination=True).item()
+    assert score == pytest.approx(4 / 26 - 1)  # as that of a head that raises all alike
+
+
 # classes
 
 
