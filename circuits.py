@@ -50,6 +50,7 @@ from evaluate import (
 from measure import draw_examples, head_scores
 from model import layer_norm_divisor
 from parallel import Cores, Ranks
+from plots.analysis import pearson, spearman
 from records import write_json
 from safety import ArgumentParser, one_line_errors
 from snapshots import load_snapshot
@@ -294,17 +295,10 @@ def correlations(snapshots):
     for names in COMPARED:
         x, y = (np.concatenate([s[name].flatten() for s in snapshots]) for name in names)
         x, y = x[~np.isnan(y)], y[~np.isnan(y)]
-        ranks = (values.argsort().argsort() for values in (x, y))
-        row = dict(zip(("score", "weights"), names, strict=True))
-        pearson, spearman = _correlation(x, y), _correlation(*ranks)
-        rows.append({**row, "n": len(x), "pearson": pearson, "spearman": spearman})
+        row = dict(zip(("score", "weights"), names, strict=True)) | {"n": len(x)}
+        row |= {"pearson": _rounded(pearson(x, y)), "spearman": _rounded(spearman(x, y))}
+        rows.append(row)
     return rows
-
-
-def _correlation(x, y):
-    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return None
-    return _rounded(np.corrcoef(x, y)[0, 1])
 
 
 def print_heads(rows):

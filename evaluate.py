@@ -7,6 +7,10 @@
 A record holds, for one snapshot, the paper's quantities (see metrics.py): in-context learning
 score, loss by position, the per-token loss vector and three scores for each head. `train.py` has
 made one of each snapshot as it took it (measure.py); here more examples can be had.
+
+Two columns of the table are controls. Prefix matching is attention to what followed the earlier
+copies of the present token; beside it stand the attention to the *earlier copy* itself and to the
+token *before it*, near 0 in a head that does nothing but induction.
 """
 
 import contextlib
@@ -20,7 +24,7 @@ import torch
 
 import metrics
 from corpora import BUILT_IN, open_corpus
-from measure import N_CTX, draw_examples, measure
+from measure import N_CTX, copying_variants, draw_examples, measure
 from parallel import Cores, Ranks
 from records import read_json, read_records, write_json, write_records
 from safety import ArgumentParser, BadInput, one_line_errors
@@ -137,13 +141,23 @@ def pick_heads(table, wanted):
     return sorted(tuple(map(int, name.split(":"))) for name in set(chosen))
 
 
-def print_heads(rows):
-    print("  head  prefix matching  copying  previous token  class")
-    for row in rows:
+def print_heads(record):
+    print("  head  prefix matching  earlier copy  before it  copying  previous token  class")
+    controls = (record[name].flat for name in ("match_itself", "match_before"))
+    for row, itself, before in zip(heads_table(record), *controls, strict=True):
         print(
-            f"{row['head']:>6}  {row['prefix_matching']:>15.3f}  {row['copying']:>+7.2f}"
-            f"  {row['previous_token']:>14.3f}  {row['class']}"
+            f"{row['head']:>6}  {row['prefix_matching']:>15.3f}  {itself:>12.3f}  {before:>9.3f}"
+            f"  {row['copying']:>+7.2f}  {row['previous_token']:>14.3f}  {row['class']}"
         )
+
+
+def print_copying(record):
+    names = [name for name in record if name.startswith("copying")]
+    titles = [name.removeprefix("copying_").replace("_", " ") for name in names]
+    print("  ".join(["  head", *titles]))
+    for place in np.ndindex(record["copying"].shape):
+        scores = (f"{record[n][place]:>+{len(t)}.2f}" for n, t in zip(names, titles, strict=True))
+        print("  ".join([f"{label(place):>6}", *scores]))
 
 
 def one_line(record):
@@ -259,6 +273,11 @@ def main(argv=None):
     add_flags(add)
     add_snapshots_flag(add, "all")
     add(
+        "--copying-variants",
+        action="store_true",
+        help="of a snapshot: the copying score after a start token and by destination, too",
+    )
+    add(
         "--out",
         type=Path,
         help="file for the records (default: measurements.npz of a run, evaluation.npz with"
@@ -266,6 +285,8 @@ def main(argv=None):
     )
     args = parser.parse_args(argv)
     check_snapshots(args)
+    if args.copying_variants and args.path.is_dir():
+        raise BadInput(f"--copying-variants takes one snapshot, and {args.path} is a folder")
     args.device = pick_device(args.device)
     args.kernels = pick_kernels(args.kernels, args.device)
     ranks = Ranks(args.device)
@@ -303,7 +324,9 @@ def evaluate_snapshot(args, ranks):
         f" nats (token {metrics.LATE} minus token {metrics.EARLY}); between bands"
         f" {record['icl_band_score']:+.3f} +- {record['icl_band_score_error']:.3f}"
     )
-    print_heads(heads_table(record))
+    print_heads(record)
+    if args.copying_variants:
+        print_copying(record)
     if args.out:
         write_records(args.out, [record])
         print(f"-> {args.out}")
@@ -329,14 +352,14 @@ def evaluate_run(args, ranks):
         return
     write_records(out, records)
     if args.snapshots:  # too few to find the phase change on
-        print_heads(heads_table(records[-1]))
+        print_heads(records[-1])
         print(f"{one_line(records[-1])}\n-> {out}")
         return
     summary = summarise(records, records.__getitem__)
     if args.out is None and (args.path / "summary.json").exists():
         summary = read_json(args.path / "summary.json") | summary
         write_json(args.path / "summary.json", summary)
-    print_heads(summary["heads"])
+    print_heads(records[-1])
     print(conclusion(summary))
     print(f"-> {out}")
 
@@ -376,6 +399,8 @@ def prepare(args, trained_on, ranks):
     def measure_file(path):
         model, about = load_fitting(path, corpus, args.kernels)
         record = measure(model.to(args.device), examples, cores, ranks)
+        if args.copying_variants:
+            record |= copying_variants(model, examples)
         return {"step": about["step"], "tokens": about["tokens"], **record}
 
     return measure_file

@@ -82,9 +82,6 @@ def measure(model, examples, cores, ranks):
         "loss_by_position": loss_by_position,
         "per_token_loss": losses.gather(1, examples.scored[:, -1:].cpu()).squeeze(1),
     }
-    record["derivative_position"], record["loss_derivative"] = metrics.log_position_derivative(
-        loss_by_position
-    )
     return {
         name: value.numpy(force=True) if torch.is_tensor(value) else value
         for name, value in (record | scores).items()
@@ -185,15 +182,30 @@ def scores_on_repeated(model, tokens):
     return {name: torch.cat(found).view(shape) for name, found in scores.items()}
 
 
+def copying_variants(model, examples):
+    """Other readings of the copying score, each [layer, head]: with a start token before the random
+    tokens, to rest on (footnote 31), which does not count itself; by destination; and both.
+    """
+    led = examples.repeated[:, : examples.random.shape[1] + 1]  # the same tokens
+    scores = {
+        "copying_start_token": scores_on_random(model, led, 1),
+        "copying_by_destination": scores_on_random(model, examples.random, 0, True),
+        "copying_both": scores_on_random(model, led, 1, True),
+    }
+    return {name: score["copying"].numpy(force=True) for name, score in scores.items()}
+
+
 @torch.no_grad()
-def scores_on_random(model, tokens):
-    values, scores = {}, []
+def scores_on_random(model, tokens, n_left_out=0, by_destination=False):
+    """n_left_out: so many of the first tokens do not count."""
+    values, scores, counted = {}, [], slice(n_left_out, None)
 
     def hook(name, layer, value):
         values[name] = value
         if name == "pattern":
             effect = logit_effect(model, layer, values["v"], tokens)
-            scores.append(metrics.copying_score(value, effect))
+            both = (x[:, :, counted, counted] for x in (value, effect))
+            scores.append(metrics.copying_score(*both, by_destination))
 
     model.residual(tokens, hook)
     return {"copying": torch.stack(scores)}

@@ -5,7 +5,6 @@ token and i - 1 tokens of context. Losses are in nats. Patterns are [batch, head
 summing to 1.
 """
 
-import itertools
 import math
 
 import torch
@@ -65,35 +64,6 @@ def before_and_after_attribution(change, vector):
     return share.item(), ((products - share * own).std() * len(own) ** 0.5).item()
 
 
-def log_position_bins(values, n_bins, first=4):
-    """Means over bins of equal width in ln(position), from position `first` on.
-
-    values [..., pos] -> (the bins' mean ln(position) [bin], means [..., bin]). There are fewer than
-    n_bins bins where they would be narrower than a position.
-    """
-    n_ctx = values.shape[-1]
-    edges = (
-        torch.logspace(math.log2(first), math.log2(n_ctx + 1), n_bins + 1, base=2)
-        .round()
-        .long()
-        .unique()
-    )
-    log_position = torch.arange(1, n_ctx + 1, dtype=torch.float64).log()
-    bins = [slice(start - 1, stop - 1) for start, stop in itertools.pairwise(edges.tolist())]
-    centres = torch.stack([log_position[piece].mean() for piece in bins])
-    return centres, torch.stack([values[..., piece].mean(dim=-1) for piece in bins], dim=-1)
-
-
-def log_position_derivative(loss_by_position, n_bins=12):
-    """d loss / d ln(position): what one e-fold more context is worth ("loss derivatives"), nats.
-
-    loss_by_position [..., pos] -> (position at the bins' centres [bin], derivative [..., bin]).
-    Differentiated after binning (`log_position_bins`), because single positions are noise.
-    """
-    centres, binned = log_position_bins(loss_by_position, n_bins)
-    return centres.exp(), torch.gradient(binned, spacing=(centres,), dim=-1)[0]
-
-
 def prefix_matching_keys(tokens, offset=1):
     """The keys that count as prefix matching: bool [batch, query, key].
 
@@ -105,7 +75,7 @@ def prefix_matching_keys(tokens, offset=1):
     n_ctx = tokens.shape[1]
     key = torch.arange(n_ctx, device=tokens.device)
     query, copy = key[:, None], key - offset
-    earlier_copy = (copy >= 1) & (copy < query) & (key <= query)
+    earlier_copy = (copy >= 1) & (copy < query)
     same_token = tokens[:, :, None] == tokens[:, copy.clamp(0, n_ctx - 1)][:, None, :]
     return same_token & earlier_copy
 
@@ -120,9 +90,8 @@ def prefix_matching_score(pattern, tokens, offset=1):
     head has 1, uniform attention 0.0307 on the paper's 4 x 25 tokens.
     """
     keys = prefix_matching_keys(tokens, offset)
-    queries = prefix_matching_keys(tokens).any(dim=-1)  # the same rows for every offset
-    mass = (pattern * keys[:, None]).sum(dim=-1)  # [batch, head, query]
-    return (mass * queries[:, None]).sum(dim=(0, 2)) / queries.sum()
+    mass = (pattern * keys[:, None]).sum(dim=(0, 2, 3))
+    return mass / keys.any(dim=-1).sum()  # the same queries for every offset
 
 
 def previous_token_score(pattern):
@@ -139,7 +108,7 @@ def own_token_score(pattern):
     return pattern.diagonal(dim1=2, dim2=3)[..., 1:].mean(dim=(0, 2))
 
 
-def copying_score(pattern, logit_effect):
+def copying_score(pattern, logit_effect, by_destination=False):
     """Does a head raise the logit of the token it attends to, more than of the other tokens of the
     sample?
 
@@ -152,11 +121,20 @@ def copying_score(pattern, logit_effect):
     sample, both weighted by attention, the paper's ratio "0 to 0.5" is a / (a + T), scaled to [-1,
     1]. A head that raises all 25 tokens alike has -0.85; the score is positive if more than a third
     of the raise goes to the attended token.
+
+    by_destination: what counts is the raise by all values together that a query takes in, not by
+    each on its own. That penalises diffuse attention: a head that copies perfectly, and attends to
+    n tokens alike, shares the raise out among them (n > 3: negative). Never compare the two.
     """
-    raised = logit_effect.relu()
-    attention = pattern.sum(dim=2)  # [batch, head, key]
-    own = (attention * raised.diagonal(dim1=2, dim2=3)).sum(dim=(0, 2))
-    total = (attention * raised.sum(dim=3)).sum(dim=(0, 2))
+    if by_destination:
+        raised = (pattern @ logit_effect).relu()  # [batch, head, query, token]
+        own = (pattern * raised).sum(dim=(0, 2, 3))
+        total = (pattern.sum(dim=3, keepdim=True) * raised).sum(dim=(0, 2, 3))
+    else:
+        raised = logit_effect.relu()
+        attention = pattern.sum(dim=2)  # [batch, head, key]
+        own = (attention * raised.diagonal(dim1=2, dim2=3)).sum(dim=(0, 2))
+        total = (attention * raised.sum(dim=3)).sum(dim=(0, 2))
     ratio = torch.where(
         total > 0, own / (own + total), torch.zeros_like(own)
     )  # nothing raised: nothing copied

@@ -162,7 +162,8 @@ def read_json(path):
 
 def stack(records):
     """Records of snapshots -> {name: array [snapshot, ...]}."""
-    return {name: np.stack([record[name] for record in records]) for name in records[0]}
+    # what the last has: a run may have been begun by an older version, whose records held more
+    return {name: np.stack([record[name] for record in records]) for name in records[-1]}
 
 
 def write_records(path, records):

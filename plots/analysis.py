@@ -115,7 +115,8 @@ def order_of_learning(sizes, curves, windows):
 
 def log_bins(loss_by_position, n_bins=24, first=1):
     """Means over bins of equal width in ln(position), from position `first` on:
-    (position of the bins' centres [bin], means [..., bin]), as metrics.log_position_bins.
+    (position of the bins' centres [bin], means [..., bin]). Fewer than n_bins where they would be
+    narrower than a position.
     """
     n_ctx = loss_by_position.shape[-1]
     edges = np.unique(np.geomspace(first, n_ctx + 1, n_bins + 1).round().astype(int))

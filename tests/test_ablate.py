@@ -14,7 +14,8 @@ import ablate
 import evaluate
 import measure
 import metrics
-from attribution import Ablations
+import substitute
+from attribution import Ablations, name_sets
 from model import ModelConfig, Transformer
 from records import read_records, write_records
 from snapshots import save_snapshot
@@ -143,6 +144,13 @@ def test_two_processes_ablate_as_one(snapshot, command):
         assert two[name] == pytest.approx(one[name], abs=1e-4)
 
 
+def test_all_other_heads_are_those_that_are_not_named():
+    table = [{"head": f"{layer}:{head}"} for layer, head in HEADS]
+    others = [(0, 0), (1, 0), (1, 1)]
+    assert name_sets(table, "0:1") == {"head 0:1": [(0, 1)], "all other heads": others}
+    assert list(name_sets(table, "0:0,0:1,1:0,1:1").values()) == [HEADS]
+
+
 # what the answer says
 
 
@@ -229,6 +237,8 @@ def test_a_run_is_ablated_with_its_before_and_after_vector(run, command, corpus,
     window = [int(measured[n]["step"]) for n in evaluate.find_phase_change(measured)]
     assert [int(r["step"]) for r in records] == sorted({0, 120, 240, *window})
     assert json.loads((run / "ablations.json").read_text())["answer"] in out
+    since = [record for record in records if record["step"] >= window[0]]
+    assert f"at {len(since)} snapshots from the phase change on" in out
     # the vector and the dot product by hand, at the last snapshot
     examples, own = measure.draw_examples(corpus, 6), []
     model = make(0)
@@ -308,8 +318,17 @@ def test_one_layer_is_enough(corpus, text_file, command, tmp_path, monkeypatch, 
 
 def test_substitution_from_the_command_line(snapshot, command, capsys, monkeypatch):
     monkeypatch.setattr("substitute.FIT_EXAMPLES", 3)
+    whole, seen = substitute.substitute, []
+
+    def look(*arguments):
+        seen.append([{tuple(row) for row in inputs.tolist()} for inputs, _ in arguments[3:5]])
+        return whole(*arguments)
+
+    monkeypatch.setattr("substitute.substitute", look)
     arguments = command(snapshot, "--substitute", "induction", "--heads", "0:1,1:0")
     assert ablate.main([*arguments, "--out", "out.json"]) == 0
+    for measured, fitted_on in seen:
+        assert len(measured) == 6 and len(fitted_on) == 3 and not measured & fitted_on
     rows = json.loads(Path("out.json").read_text())["rows"]
     assert [row["heads"] for row in rows] == [["0:1"], ["1:0"], ["0:1", "1:0"]]
     assert "0:1 1:0" in capsys.readouterr().out

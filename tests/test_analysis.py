@@ -99,13 +99,15 @@ def test_order_of_learning_inverts_only_where_it_does():
     assert analysis.order_of_learning([1, 2, 3], steady, windows) == pytest.approx((-1, -1))
 
 
-def test_log_bins_are_those_of_metrics():
-    losses = np.random.default_rng(0).normal(size=(3, 512))
+def test_log_bins_take_every_position_from_the_first_on_once():
     for first, n_bins in (4, 12), (1, 24):
-        centres, means = analysis.log_bins(losses, n_bins, first)
-        theirs = metrics.log_position_bins(torch.tensor(losses), n_bins, first)
-        assert centres == pytest.approx(theirs[0].exp().numpy())
-        assert means == pytest.approx(theirs[1].numpy())
+        centres, weights = analysis.log_bins(np.eye(512), n_bins, first)  # [position, bin]
+        assert not weights[: first - 1].any()
+        assert ((weights[first - 1 :] > 0).sum(axis=1) == 1).all()
+        assert weights.sum(axis=0) == pytest.approx(1)
+        assert np.log(centres) == pytest.approx(np.log(np.arange(1, 513)) @ weights)
+        width = np.log(513 / first) / n_bins
+        assert np.diff(np.log(centres))[-6:] == pytest.approx(width, rel=0.05)
 
 
 def test_slope_over_the_context_begins_beyond_the_fiftieth_token():

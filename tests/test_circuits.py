@@ -4,6 +4,7 @@ the command line.
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from circuits import Reading
 from kernels.attention import smear_keys
 from measure import logit_effect
 from model import ModelConfig, Transformer, config_for, layer_norm_divisor
+from parallel import Cores
 from records import write_records
 from snapshots import save_snapshot
 from tests.circuits_by_hand import (
@@ -245,14 +247,16 @@ def test_a_token_may_be_known_by_what_an_own_token_head_says():
             W[1, HERE] = 0
     match(model.blocks[1].attn, 1, query=elsewhere, key=slice(94, 94 + N_TOKENS))
     move(model.blocks[1].attn, 1, elsewhere, HERE)
-    reading = circuits.read_text(model, repeated_tokens())
-    assert reading.own_token[0, 1] > 0.99
-    found = circuits.token_circuits(model, reading)
+    tokens = repeated_tokens()
+    examples = SimpleNamespace(
+        text=tokens, text_targets=tokens, repeated=tokens, random=tokens[:, 1:26]
+    )
+    found = circuits.measure_circuits(model, examples, Cores(torch.device("cpu"), 1))
+    assert found["own_token"][0, 1] > 0.99
     assert found["qk_prefix"][1, 1] == pytest.approx(1, abs=1e-4)
     assert found["ov_copying"][1, 1] == pytest.approx(1, abs=1e-4)
-    direct = circuits.token_circuits(model, reading.without_own_token())
-    assert abs(direct["qk_match"][1, 1]) < 1e-4 * found["qk_match"][1, 1]
-    assert abs(direct["ov_raise"][1, 1]) < 1e-4 * found["ov_raise"][1, 1]
+    for name in ("qk_match", "ov_raise"):
+        assert abs(found[f"{name}_direct"][1, 1]) < 1e-4 * found[name][1, 1]
 
 
 def test_the_copying_score_of_a_map_of_few_dimensions():

@@ -61,6 +61,12 @@ def test_losses_are_those_of_the_logits_row_by_row(model, examples, record):
     )
 
 
+def test_heads_are_tested_on_ten_sequences_of_each_kind(examples):
+    assert examples.repeated.shape == (10, 101)
+    assert examples.random.shape == (10, 25)
+    assert examples.text.shape == examples.text_targets.shape == (10, 512)
+
+
 def test_more_examples_begin_with_the_fewer(corpus, model, record):
     more = measure.measure(model, measure.draw_examples(corpus, 30), Cores(CPU, 1), Ranks(CPU))
     assert more["per_token_loss"][:20] == pytest.approx(record["per_token_loss"], abs=1e-4)
@@ -111,7 +117,7 @@ def test_logit_effect_is_the_change_of_the_logits(model, examples):
     assert torch.allclose(effect[row, head, key], expected, atol=1e-4)
 
 
-def test_previous_token_score_of_the_model_is_that_of_its_patterns(model, examples, record):
+def patterns_of(model, tokens):
     patterns = []
 
     def look(name, layer, value):
@@ -119,9 +125,21 @@ def test_previous_token_score_of_the_model_is_that_of_its_patterns(model, exampl
             patterns.append(value)
 
     with torch.no_grad():
-        model.residual(examples.text, look)
+        model.residual(tokens, look)
+    return patterns
+
+
+def test_previous_token_score_of_the_model_is_that_of_its_patterns(model, examples, record):
+    patterns = patterns_of(model, examples.text)
     expected = torch.stack([metrics.previous_token_score(pattern) for pattern in patterns])
     assert record["previous_token"] == pytest.approx(expected.numpy(), abs=1e-5)
+
+
+def test_prefix_matching_and_its_controls_are_those_of_the_patterns(model, examples, record):
+    for name, offset in ("prefix_matching", 1), ("match_itself", 0), ("match_before", -1):
+        for layer, pattern in enumerate(patterns_of(model, examples.repeated)):
+            expected = metrics.prefix_matching_score(pattern, examples.repeated, offset)
+            assert record[name][layer] == pytest.approx(expected.numpy(), abs=1e-5)
 
 
 def test_copying_score_of_the_model_by_brute_force(model, examples, record):
@@ -196,6 +214,17 @@ def test_a_summary_tells_where_the_phase_change_is():
     assert "phase change from" in evaluate.conclusion(summary)
 
 
+def test_the_best_head_is_half_way_on_its_own_way():
+    """Another matches half of all prefixes from the start: the best goes from 0.5 to 0.73."""
+    change = 1 / (1 + np.exp(-(np.arange(101) - 60) / 4))
+    records = make_records(-0.4 * change, 0.03 + 0.7 * change)
+    for record in records:
+        record["prefix_matching"][0, 1] = 0.5
+    window = evaluate.summarise(records, records.__getitem__)["phase_change"]
+    assert window["icl_half_way_snapshot"] == 60
+    assert window["prefix_matching_half_way_snapshot"] == 67  # the logistic passes 0.84 at 66.5
+
+
 def test_a_summary_without_a_phase_change_says_so():
     summary = evaluate.summarise(
         records := make_records(np.full(50, -0.1), np.full(50, 0.03)), records.__getitem__
@@ -260,11 +289,31 @@ def test_a_snapshot_is_printed_as_a_table_of_heads(run, text_file, record, capsy
     table = {line.split()[0]: line.split() for line in lines if line.strip()[:2] in ("0:", "1:")}
     assert list(table) == ["0:0", "0:1", "1:0", "1:1"]
     for layer, head in np.ndindex(2, 2):
-        _, prefix, copying, previous, *_ = table[f"{layer}:{head}"]
-        assert float(prefix) == pytest.approx(record["prefix_matching"][layer, head], abs=1e-3)
-        assert float(copying) == pytest.approx(record["copying"][layer, head], abs=1e-2)
-        assert float(previous) == pytest.approx(record["previous_token"][layer, head], abs=1e-3)
+        names = "prefix_matching", "match_itself", "match_before", "copying", "previous_token"
+        for name, shown in zip(names, table[f"{layer}:{head}"][1:], strict=False):  # then the class
+            precision = 1e-2 if name == "copying" else 1e-3
+            assert float(shown) == pytest.approx(record[name][layer, head], abs=precision)
     assert read_records(Path("record.npz"))[0]["step"] == 5
+
+
+def test_other_readings_of_copying_are_printed_too(run, text_file, model, examples, capsys):
+    flags = "--copying-variants", "--out", "record.npz"
+    assert evaluate.main(command(run / "snapshots" / "step_0000005.pt", text_file, *flags)) == 0
+    *_, titles, _, _, row, _, _ = capsys.readouterr().out.splitlines()
+    assert titles == "  head  copying  start token  by destination  both"
+    record, seen, expected = read_records(Path("record.npz"))[0], {}, []
+    names = "copying", "copying_start_token", "copying_by_destination", "copying_both"
+    for name, (by_destination, start) in zip(names, np.ndindex(2, 2), strict=True):
+        tokens = examples.repeated[:, 1 - start : 26]
+        with torch.no_grad():
+            model.residual(tokens, lambda name, layer, value: seen.update({name: value}))
+        effect = measure.logit_effect(model, 1, seen["v"], tokens)[:, :, start:, start:]
+        pattern = seen["pattern"][:, :, start:, start:]
+        expected.append(metrics.copying_score(pattern, effect, by_destination).numpy(force=True))
+        assert record[name][1] == pytest.approx(expected[-1], abs=1e-5)
+    shown = [float(number) for number in row.split()[1:]]
+    assert shown == pytest.approx([of_heads[0] for of_heads in expected], abs=0.01)
+    assert "takes one snapshot" in refused(capsys, command(run, text_file, "--copying-variants"))
 
 
 def test_a_run_is_measured_snapshot_by_snapshot(run, text_file, capsys):

@@ -30,6 +30,7 @@ ALLOWED = {
         "measure",
     },
     "circuits": {
+        "plots",  # coefficients of correlation: numpy alone
         "safety",
         "parallel",
         "metrics",

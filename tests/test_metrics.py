@@ -55,22 +55,6 @@ def test_band_score_averages_both_bands_with_their_ends():
     assert metrics.band_score(losses)[0] == pytest.approx(-2.0)
 
 
-def test_log_position_derivative_of_a_logarithm_is_its_slope():
-    position = torch.arange(1, 513, dtype=torch.float64)
-    loss = torch.stack([5 - 0.3 * position.log(), 2 + 0.1 * position.log()])
-    centres, derivative = metrics.log_position_derivative(loss)
-    assert torch.allclose(derivative[0], torch.tensor(-0.3, dtype=torch.float64), atol=1e-9)
-    assert torch.allclose(derivative[1], torch.tensor(0.1, dtype=torch.float64), atol=1e-9)
-    assert centres[0] >= 4 and centres[-1] <= 512 and (centres.diff() > 0).all()
-
-
-def test_log_position_bins_take_every_position_from_the_fourth_on_once():
-    _, weights = metrics.log_position_bins(torch.eye(512), n_bins=32)  # [position, bin]
-    assert (weights[:3] == 0).all()
-    assert ((weights[3:] > 0).sum(dim=1) == 1).all()
-    assert torch.allclose(weights.sum(dim=0), torch.ones(weights.shape[1]))
-
-
 # prefix matching
 
 
@@ -86,6 +70,8 @@ def test_prefix_matching_keys_by_brute_force():
                     if tokens[b, j] == tokens[b, q] and j + offset <= q
                 }
                 assert set(keys[b, q].nonzero().flatten().tolist()) == expected
+        same_for_all = torch.equal(keys.any(-1), metrics.prefix_matching_keys(tokens).any(-1))
+        assert same_for_all, offset
 
 
 def test_prefix_matching_score_by_brute_force():
@@ -216,6 +202,20 @@ def test_attention_weighs_copying():
     assert metrics.copying_score(both, effect).item() == pytest.approx(4 * (1 / 3) - 1)
 
 
+def test_copying_by_destination_penalises_diffuse_attention():
+    effect = torch.tensor([[2.0, -1.0], [-1.0, 1.0]])[None, None]
+    pattern = torch.tensor([[1.0, 0.0], [0.5, 0.5]])[None, None]
+    # raised at the queries: (2, 0) and (0.5, 0); of it 2 and 0.25 on what is attended to
+    expected = pytest.approx(4 * 2.25 / (2.25 + 2.5) - 1)
+    assert metrics.copying_score(pattern, effect, by_destination=True).item() == expected
+    # with the other half of all attention left out, as that on a start token is
+    assert metrics.copying_score(pattern / 2, effect, by_destination=True).item() == expected
+    assert metrics.copying_score(pattern, effect).item() == 1
+    uniform = torch.full((1, 1, 25, 25), 1 / 25)
+    score = metrics.copying_score(uniform, torch.eye(25)[None, None], by_destination=True).item()
+    assert score == pytest.approx(4 / 26 - 1)  # as that of a head that raises all alike
+
+
 # classes
 
 
@@ -225,6 +225,13 @@ def test_head_classes():
     assert metrics.head_class(0.9, 0.0, 0.0) == "prefix matching"
     assert metrics.head_class(0.0, 0.5, 0.7) == "previous token"
     assert metrics.head_class(0.1, 0.9, 0.1) == "other"
+
+
+def test_four_tenths_of_the_attention_make_a_class():
+    assert metrics.head_class(0.4, 0.9, 0.0) == "induction"
+    assert metrics.head_class(0.39, 0.9, 0.0) == "other"
+    assert metrics.head_class(0.0, 0.0, 0.4) == "previous token"
+    assert metrics.head_class(0.0, 0.0, 0.39) == "other"
 
 
 # the phase change
@@ -298,6 +305,18 @@ def test_a_descent_that_undoes_an_earlier_rise_is_no_phase_change():
 def test_a_drop_in_the_first_steps_is_no_phase_change():
     tokens = np.linspace(0, 8e6, 101)
     assert metrics.phase_change(-0.3 * (tokens > 1e5), tokens) is None
+
+
+def test_a_drop_soon_after_the_first_steps_is_one():
+    tokens = np.linspace(0, 8e6, 401)
+    first, last = metrics.phase_change(-0.3 * (tokens > 0.04 * 8e6), tokens)
+    assert tokens[first] < 0.04 * 8e6 < tokens[last]
+
+
+def test_a_phase_change_is_of_a_tenth_of_a_nat_or_more():
+    tokens = np.linspace(0, 8e6, 101)
+    assert metrics.phase_change(logistic_drop(tokens, 4e6, 2e5, 0, -0.08), tokens) is None
+    assert metrics.phase_change(logistic_drop(tokens, 4e6, 2e5, 0, -0.13), tokens)
 
 
 def test_phase_change_is_none_without_a_descent_or_with_too_few_snapshots():

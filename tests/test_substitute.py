@@ -61,12 +61,12 @@ def test_patterns_by_loops():
 
 
 def test_recovered_by_hand():
-    clean, ablated = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
+    clean, ablated = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0])
     assert recovered(clean, ablated, clean)[0] == pytest.approx(1)
     assert recovered(clean, ablated, ablated) == (0, 0)
-    share, error = recovered(clean, ablated, torch.tensor([1.5, 3.5]))
-    assert share == pytest.approx(0.5)  # 1.5 of 2 and 0.5 of 2
-    assert error == pytest.approx(0.25)
+    share, error = recovered(clean, ablated, torch.tensor([1.5, 4.5]))
+    assert share == pytest.approx(0.5)  # 1.5 of 2 and 1.5 of 4
+    assert error == pytest.approx(1 / 6)  # half of their costs would be 1 and 2: each 0.5 off, of 3
     assert recovered(clean, clean + 0.005, clean) is None  # too cheap to divide by
 
 

@@ -26,7 +26,7 @@ from corpora import open_corpus
 from model import Transformer, config_for
 from parallel import Ranks
 from progress import Clock, Progress, commit_of
-from records import RunFolder, read_records
+from records import RunFolder, read_records, write_records
 from safety import BadInput
 from snapshots import load_snapshot
 from train import RECIPES, snapshot_steps
@@ -335,8 +335,12 @@ def test_control_c_ends_cleanly_between_snapshots_too(workplace, text_file):
     assert process.returncode == 130, err
     assert "--resume" in out.splitlines()[-1]
     assert "Traceback" not in err
+    # as if an older version had begun it, whose records held more
+    path = workplace / "stopped" / "measurements.npz"
+    write_records(path, [{**record, "no_longer": 0.0} for record in read_records(path)])
     assert train.main(flags(text_file, "--resume", steps=60, out="stopped")) == 0
     assert losses("stopped") == losses("whole")
+    assert "no_longer" not in read_records(path)[0]
 
 
 def test_resuming_a_finished_run_changes_nothing(workplace, text_file):
