@@ -67,16 +67,15 @@ def test_every_head_has_its_two_scores_and_the_width_sweep_its_panel(load):
 
 def test_eigenvalues_stand_against_scores_with_their_coefficients(load):
     runs = load("1L", "2L", "3L")
-    ov, ov_all, qk, qk_all = (eigenvalues.draw(runs).axes[n] for n in (0, 2, 1, 3))
+    ov, qk = eigenvalues.draw(runs).axes
     rows = [row for run in runs for row in run.circuits["snapshots"][-1]["heads"]]
     expected = np.array([(row["ov_copying_direct"], row["copying"]) for row in rows])
     assert offsets(ov) == pytest.approx(expected)
-    assert offsets(ov_all) == pytest.approx(expected)  # by hand the same
     later = [row for row in rows if not row["head"].startswith("0:")]
     expected = np.array([(row["qk_match_direct"], row["prefix_matching"]) for row in later])
     assert offsets(qk) == pytest.approx(expected)
     assert "n = 6 heads\nPearson +1.00\nSpearman +1.00" in [text.get_text() for text in qk.texts]
-    assert (ov.get_title(), qk_all.get_title()) == ("A5, direct path", "A6, all paths")
+    assert (ov.get_title(), qk.get_title()) == ("A5", "A6")
 
 
 def test_without_heads_to_compare_there_is_no_coefficient(load):
@@ -100,11 +99,10 @@ def test_curves_by_index_are_those_of_the_last_snapshot(load):
             assert ax.lines[n].get_color() == style.depth_colour(run.n_layers)
         tokens, values = run.measurements["tokens"], run.measurements["loss"]
         shown = tokens >= 0.02 * tokens[-1]
-        assert speed.lines[n].get_xdata() == pytest.approx(tokens[shown] / 1e6)
-        assert speed.lines[n].get_ydata() == pytest.approx(
-            analysis.speed_of_learning(tokens, values)[shown]
-        )
-    assert [(p.get_x(), p.get_x() + p.get_width()) for p in speed.patches] == [(3.4, 4.6)] * 3
+        curve, bar = speed.lines[2 * n : 2 * n + 2]
+        assert curve.get_xdata() == pytest.approx(tokens[shown] / 1e6)
+        assert curve.get_ydata() == pytest.approx(analysis.speed_of_learning(tokens, values)[shown])
+        assert tuple(bar.get_xdata()) == (3.4, 4.6) and bar.get_color() == curve.get_color()
 
 
 def test_widths_have_colours_of_their_own(load):
@@ -134,4 +132,4 @@ def test_every_script_writes_its_picture(figure, world, tmp_path):
     assert figure.main([str(world / "2L"), str(world / "3L"), "--out", str(out)]) == 0
     assert out.read_bytes().startswith(b"\x89PNG")
     pixels = np.asarray(Image.open(out).convert("RGB"))
-    assert (pixels < 200).any(axis=2).sum() > 20_000  # of an empty picture there are none
+    assert (pixels < 200).any(axis=2).sum() > 10_000  # of an empty picture there are none
