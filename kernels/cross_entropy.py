@@ -74,7 +74,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         resid, W_U, targets, dresid, dW_U = ctx.saved_tensors
         dresid = dresid * grad[:, None].to(dresid.dtype)
-        if grad.stride() == (0,):  # one number, expanded: what a mean or a sum sends back
+        if len(grad) and (grad == grad[0]).all():  # a mean or a sum
             return dresid, dW_U * grad[0].to(dW_U.dtype), None, None
         dW_U = torch.zeros_like(W_U)
         for rows, _, dlogits in _chunks(resid, W_U, targets):
