@@ -36,6 +36,8 @@ import importlib
 import torch
 import torch.nn.functional as F
 
+from kernels import refuse_second_derivatives
+
 TILE = {"float32": 128, "bfloat16": 256}  # queries at a time, by what products are in
 # beyond this the pattern of one call is not worth keeping: recomputing it (SDPA) is slower but
 # takes O(T) memory
@@ -44,7 +46,7 @@ KEEP_PATTERN_BYTES = 512 * 2**20
 
 def attention(q, k, v, alpha=None, windows=None, kernels="torch", at=None):
     """Attention output z [batch, head, pos, d_head], differentiable in q, k, v and alpha (module
-    docstring: definition).
+    docstring: definition), twice with "reference" alone.
 
     alpha [head] smears the keys (None: not). windows: for each head the number of positions that a
     query sees, itself included (None: all). at [batch, query]: where the queries stand, if there is
@@ -277,6 +279,7 @@ class _TiledAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        refuse_second_derivatives()
         q, k, v, *patterns = ctx.saved_tensors
         shape, scale, n_ctx = grad.shape, q.shape[-1] ** -0.5, q.shape[1]
         grad = grad.flatten(0, 1)

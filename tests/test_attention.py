@@ -96,6 +96,13 @@ def test_long_inputs_take_the_path_that_keeps_no_pattern(monkeypatch):
         assert_as_exact_as_the_reference(actual, reference, exact)
 
 
+def test_second_derivatives_are_the_references_alone():
+    q, k, v = inputs(3, 4, 1, dtype=torch.float64)
+    assert torch.autograd.gradgradcheck(attention_reference, (q, k, v))
+    with pytest.raises(RuntimeError, match="no second derivatives: use kernels='reference'"):
+        torch.autograd.grad(attention(q, k, v).sum(), q, create_graph=True)
+
+
 @pytest.mark.parametrize("windows", [None, (3, 1)])
 def test_gradients_by_finite_differences(windows):
     q, k, v = (t.detach().requires_grad_() for t in inputs(7, 4, 2, 1, dtype=torch.float64))

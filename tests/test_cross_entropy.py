@@ -82,6 +82,18 @@ def test_same_weights_need_no_second_pass(monkeypatch, mean, ignored):
         assert torch.allclose(a, e, atol=1e-6)
 
 
+def test_second_derivatives_are_the_references_alone():
+    resid, W_U, targets = inputs(4, 3, 5, torch.float64)
+
+    def of_reference(resid, W_U):
+        return linear_cross_entropy(resid, W_U, targets, "reference")
+
+    assert torch.autograd.gradgradcheck(of_reference, (resid, W_U))
+    with pytest.raises(RuntimeError, match="no second derivatives: use kernels='reference'"):
+        losses = linear_cross_entropy(resid, W_U, targets)
+        torch.autograd.grad(losses.sum(), resid, create_graph=True)
+
+
 def test_without_gradients_there_is_no_gradient_to_compute(monkeypatch):
     """A measurement does a third of the work of a training step."""
     resid, W_U, targets = inputs(7, 16, 50)

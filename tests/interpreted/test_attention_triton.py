@@ -116,6 +116,12 @@ def test_log_sum_exp_is_the_references_and_has_no_gradient():
     assert z.requires_grad and not lse.requires_grad
 
 
+def test_second_derivatives_are_refused():
+    q, k, v = inputs(5, n_heads=1, batch=1)
+    with pytest.raises(RuntimeError, match="no second derivatives: use kernels='reference'"):
+        torch.autograd.grad(attention(q, k, v, kernels="triton").sum(), q, create_graph=True)
+
+
 def test_large_scores_do_not_overflow():
     q, k, v = (100 * t.detach() for t in inputs(40, n_heads=2, batch=1))
     z = attention(q, k, v, None, (3, 40), "triton")

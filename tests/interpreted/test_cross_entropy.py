@@ -147,6 +147,13 @@ def test_strided_inputs():
     assert_as_exact_as_the_reference(resid[::2, ::2], W_U.T.contiguous().T[::2], targets[::2])
 
 
+def test_second_derivatives_are_refused():
+    resid, W_U, targets = inputs(4, 16, 40)
+    losses = linear_cross_entropy(resid.requires_grad_(), W_U, targets, "triton")
+    with pytest.raises(RuntimeError, match="no second derivatives: use kernels='reference'"):
+        torch.autograd.grad(losses.sum(), resid, create_graph=True)
+
+
 def test_float64_is_refused_in_a_line():
     resid, W_U, targets = inputs(4, 16, 40, torch.float64)
     with pytest.raises(TypeError, match="float32, float16 or bfloat16"):
