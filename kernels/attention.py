@@ -55,7 +55,7 @@ def attention(q, k, v, alpha=None, windows=None, kernels="torch", at=None):
     if at is not None:  # the pattern of a few queries is small
         pattern = attention_pattern(*at_least_float32(q, k), alpha, windows, at)
         return pattern.to(v.dtype) @ v
-    if kernels == "reference":
+    if kernels == "reference" or not q.numel():  # nothing to start a kernel for
         return attention_reference(q, k, v, alpha, windows)
     if kernels == "triton":
         return _triton().attention(q, k, v, alpha, windows)[0]
@@ -147,7 +147,7 @@ def attention_and_lse(q, k, v, alpha=None, windows=None, kernels="torch"):
     """-> z as of `attention`, and lse [batch, head, pos], nats, at least float32, without a
     gradient: with q and k what `frozen_attention` and `head_mass` need.
     """
-    if kernels == "triton":
+    if kernels == "triton" and q.numel():
         return _triton().attention(q, k, v, alpha, windows)
     z = attention(q, k, v, alpha, windows, kernels)
     with torch.no_grad():
@@ -161,7 +161,7 @@ def frozen_attention(q, k, lse, values, alpha=None, windows=None, kernels="torch
 
     lse may be None: "triton" then finds it again, and the CPU has no use for it.
     """
-    if kernels == "triton":
+    if kernels == "triton" and values.numel():
         if lse is None:
             lse = attention_and_lse(q, k, values[0], alpha, windows, kernels)[1]
         return _triton("frozen").frozen_attention(q, k, lse, values, alpha, windows)
@@ -192,7 +192,7 @@ def index_attention(index, values, kernels="torch"):
     """All attention on one given key: index [batch, head, query] of keys, values [A, batch, head,
     pos, d_head] -> z_i = value_{index_i} of the same shape; 0 where the index is negative.
     """
-    if kernels == "triton":
+    if kernels == "triton" and values.numel():
         return _triton("frozen").index_attention(index, values)
     chosen = values.gather(3, index.clamp(min=0).long()[None, ..., None].expand_as(values))
     return chosen.masked_fill(index[None, ..., None] < 0, 0)
@@ -220,7 +220,7 @@ def head_mass(q, k, lse, tokens, alpha=None, windows=None, offset=1, kernels="to
     """
     if lse is None:  # the values do not matter
         lse = attention_and_lse(q, k, k, alpha, windows, kernels)[1]
-    if kernels == "triton":
+    if kernels == "triton" and q.numel():
         return _triton("frozen").head_mass(q, k, lse, tokens, alpha, windows, offset)
     n_ctx = tokens.shape[1]
     copy = torch.arange(n_ctx, device=tokens.device) - offset

@@ -38,7 +38,7 @@ def linear_cross_entropy(resid, W_U, targets, kernels="torch", rows=None):
     """
     if rows is not None:
         resid = resid[rows]
-    if kernels == "reference":
+    if kernels == "reference" or not len(resid):
         return linear_cross_entropy_reference(resid, W_U, targets)
     if kernels == "triton":
         from kernels import cross_entropy_triton

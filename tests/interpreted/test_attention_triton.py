@@ -107,6 +107,15 @@ def test_strided_inputs_and_several_batch_rows(arch):
         assert torch.allclose(actual, e, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("batch, n_ctx", [(0, 5), (2, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_of_nothing_comes_nothing(batch, n_ctx, dtype):
+    tensors = smeared(inputs(n_ctx, 16, 2, batch, dtype=dtype))
+    z, *gradients = output_and_gradients(lambda *t: attention(*t, kernels="triton"), tensors)
+    assert z.shape == (batch, 2, n_ctx, 16) and z.dtype == dtype
+    assert [g.shape for g in gradients] == [t.shape for t in tensors] and not gradients[-1].any()
+
+
 def test_log_sum_exp_is_the_references_and_has_no_gradient():
     q, k, v = inputs(70, n_heads=2, batch=1)
     alpha, windows = torch.tensor([0.4, -2.0]), (7, 1000)

@@ -99,6 +99,12 @@ def test_ignored_targets(dtype, every):
     assert (losses[::every] == 0).all() and (dresid[::every] == 0).all()
 
 
+def test_of_nothing_comes_nothing():
+    resid, W_U, targets = inputs(0, 16, 40)
+    losses, dresid, dW_U = losses_and_gradients("triton", resid, W_U, targets)
+    assert (losses.shape, dresid.shape, dW_U.any()) == ((0,), (0, 16), False)
+
+
 def test_a_target_that_is_no_token_costs_infinity():
     resid, W_U, targets = inputs(4, 16, 40)
     targets[:2] = torch.tensor([40, -1])

@@ -13,6 +13,7 @@ from kernels.attention import (
     attention_pattern,
     frozen_attention,
     frozen_pattern,
+    head_mass,
     head_statistics,
     index_attention,
 )
@@ -87,6 +88,21 @@ def test_frozen_attention_takes_strided_and_repeated_values(arch):
     for x in (values, repeated):
         z = frozen_attention(q, k, lse, x, kernels="triton")
         assert torch.allclose(z, pattern @ x, atol=1e-2)
+
+
+@pytest.mark.parametrize("n_values, batch", [(0, 2), (3, 0)])
+def test_of_nothing_comes_nothing(n_values, batch):
+    q, values = torch.zeros(batch, 2, 9, 16), torch.zeros(n_values, batch, 2, 9, 16)
+    lse = attention_and_lse(q, q, q, ALPHA, WINDOWS, "triton")[1]
+    assert lse.shape == (batch, 2, 9)
+    for known in (lse, None):
+        z = frozen_attention(q, q, known, values, ALPHA, WINDOWS, "triton")
+        assert z.shape == values.shape
+    index = torch.zeros(batch, 2, 9, dtype=torch.long)
+    assert index_attention(index, values, "triton").shape == values.shape
+    if not batch:
+        mass = head_mass(q, q, None, index[:, 0], ALPHA, WINDOWS, kernels="triton")
+        assert mass.tolist() == [[0, 0], [0, 0]]
 
 
 @pytest.mark.parametrize("n_ctx", [1, 63, 130])
