@@ -42,7 +42,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import refuse_second_derivatives
 from kernels.cross_entropy import IGNORED
-from kernels.tiles_triton import architecture
+from kernels.tiles_triton import architecture, readable
 
 # of the gradient by the logits in memory at once: 4096 rows of 2^16 in bfloat16, for which the
 # library's products fill a chip
@@ -117,7 +117,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _padded(matrix, columns, rows):
-    return F.pad(matrix, (0, columns, 0, rows)) if columns or rows else matrix.contiguous()
+    if columns or rows:
+        return F.pad(matrix, (0, columns, 0, rows))
+    return readable(matrix.contiguous())
 
 
 def _add_product(total, a, b):

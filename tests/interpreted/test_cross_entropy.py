@@ -160,6 +160,14 @@ def test_second_derivatives_are_refused():
         torch.autograd.grad(losses.sum(), resid, create_graph=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inputs_that_start_anywhere(dtype):
+    resid, W_U, targets = inputs(20, 16, 48, dtype)
+    odd = [torch.cat([m.new_zeros(1), m.flatten()])[1:].view(m.shape) for m in (resid, W_U)]
+    assert all(m.data_ptr() % 16 for m in odd)
+    assert_as_exact_as_the_reference(*odd, targets)
+
+
 def test_float64_is_refused_in_a_line():
     resid, W_U, targets = inputs(4, 16, 40, torch.float64)
     with pytest.raises(TypeError, match="float32, float16 or bfloat16"):
