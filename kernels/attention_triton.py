@@ -326,8 +326,9 @@ class _Attention(torch.autograd.Function):
         grid, dk = programs(k, ROWS), empty_rows(k)
         parts = dkeys.new_empty(grid)
         _unsmear_kernel[grid](
-            *rows(k), *rows(dkeys), *rows(dk), parts, alpha, n_heads, n_ctx, d_head, ROWS
-        )
+            *rows(k), *rows(dkeys), *rows(dk), parts, alpha.contiguous(), n_heads, n_ctx, d_head,
+            ROWS,
+        )  # fmt: skip
         dalpha = parts.view(len(k), n_heads, -1).sum(dim=(0, 2)).to(alpha.dtype)
         return dq, dk, dv, dalpha, None, None, None
 
@@ -336,5 +337,7 @@ def smear_keys(k, alpha):
     """`attention.smear_keys`, without a gradient."""
     smeared = empty_rows(k)
     _, n_heads, n_ctx, d_head = k.shape
-    _smear_kernel[programs(k, ROWS)](*rows(k), *rows(smeared), alpha, n_heads, n_ctx, d_head, ROWS)
+    _smear_kernel[programs(k, ROWS)](
+        *rows(k), *rows(smeared), alpha.contiguous(), n_heads, n_ctx, d_head, ROWS
+    )
     return smeared

@@ -20,7 +20,7 @@ from kernels.attention import (
 from model import ModelConfig, Transformer
 from sweep import sweep
 
-ALPHA, WINDOWS = torch.tensor([-1.0, 0.5]), (5, 1000)
+ALPHA, WINDOWS = torch.tensor([[-1.0, 9.0], [0.5, 9.0]])[:, 0], (5, 1000)  # strided
 
 
 def recorded_run(n_ctx, d_head=16, batch=1, alpha=None, windows=None, dtype=torch.float16):
