@@ -52,6 +52,7 @@ def attention(q, k, v, alpha=None, windows=None, kernels="torch", at=None):
     query sees, itself included (None: all). at [batch, query]: where the queries stand, if there is
     not one at every key.
     """
+    _check(q, k, v, alpha, windows, at=at)
     if at is not None:  # the pattern of a few queries is small
         pattern = attention_pattern(*at_least_float32(q, k), alpha, windows, at)
         return pattern.to(v.dtype) @ v
@@ -148,6 +149,7 @@ def attention_and_lse(q, k, v, alpha=None, windows=None, kernels="torch"):
     gradient: with q and k what `frozen_attention` and `head_mass` need.
     """
     if kernels == "triton" and q.numel():
+        _check(q, k, v, alpha, windows)
         return _triton().attention(q, k, v, alpha, windows)
     z = attention(q, k, v, alpha, windows, kernels)
     with torch.no_grad():
@@ -161,6 +163,9 @@ def frozen_attention(q, k, lse, values, alpha=None, windows=None, kernels="torch
 
     lse may be None: "triton" then finds it again, and the CPU has no use for it.
     """
+    _check(q, k, k, alpha, windows, lse)
+    if values.shape[1:] != q.shape:
+        raise ValueError(f"values {[*values.shape]}: a stack of the shape of q is needed")
     if kernels == "triton" and values.numel():
         if lse is None:
             lse = attention_and_lse(q, k, values[0], alpha, windows, kernels)[1]
@@ -218,6 +223,9 @@ def head_mass(q, k, lse, tokens, alpha=None, windows=None, offset=1, kernels="to
     Key k matches query q if the token at k - offset is q's own and 1 <= k - offset < q
     (`metrics.prefix_matching_keys`). lse may be None.
     """
+    _check(q, k, k, alpha, windows, lse)
+    if tokens.shape != (q.shape[0], q.shape[2]):
+        raise ValueError(f"tokens {[*tokens.shape]}: one is needed for each key of k {[*k.shape]}")
     if lse is None:  # the values do not matter
         lse = attention_and_lse(q, k, k, alpha, windows, kernels)[1]
     if kernels == "triton" and q.numel():
@@ -255,6 +263,23 @@ def _score_tiles(q, k, alpha, windows):
     for start, stop in _tiles(q.shape[2]):
         at = torch.arange(start, stop, device=q.device)[None]
         yield slice(start, stop), _scores(q[:, :, start:stop], k[:, :, :stop], windows, at)
+
+
+def _check(q, k, v, alpha, windows, lse=None, at=None):
+    """Refuses, in a line, what does not go together: a kernel would read other memory."""
+    batch, n_heads, n_queries, d_head = q.shape
+    of_keys = batch, n_heads, n_queries if at is None else k.shape[2], d_head
+    if not of_keys == k.shape == v.shape:
+        shapes = f"q {[*q.shape]}, k {[*k.shape]}, v {[*v.shape]}"
+        raise ValueError(f"{shapes}: one shape, [batch, head, pos, d_head], is needed")
+    if at is not None and at.shape != (batch, n_queries):
+        raise ValueError(f"at {[*at.shape]}: one is needed for each query of q {[*q.shape]}")
+    if lse is not None and lse.shape != q.shape[:3]:
+        raise ValueError(f"lse {[*lse.shape]}: one is needed for each query of q {[*q.shape]}")
+    if alpha is not None and alpha.shape != (n_heads,):
+        raise ValueError(f"alpha {[*alpha.shape]}: one is needed for each of {n_heads} heads")
+    if windows is not None and (len(windows) != n_heads or min(windows) < 1):
+        raise ValueError(f"windows {windows}: each of {n_heads} heads needs one of at least 1")
 
 
 def _triton(module="attention"):

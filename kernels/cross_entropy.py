@@ -38,6 +38,9 @@ def linear_cross_entropy(resid, W_U, targets, kernels="torch", rows=None):
     """
     if rows is not None:
         resid = resid[rows]
+    if W_U.shape[:1] != resid.shape[1:] or targets.shape != resid.shape[:1]:
+        shapes = f"resid {[*resid.shape]} @ W_U {[*W_U.shape]}, targets {[*targets.shape]}"
+        raise ValueError(f"{shapes}: [row, d_model] @ [d_model, d_vocab], [row] are needed")
     if kernels == "reference" or not len(resid):
         return linear_cross_entropy_reference(resid, W_U, targets)
     if kernels == "triton":

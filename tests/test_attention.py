@@ -129,6 +129,29 @@ def test_patterns_that_are_measured_are_exact_in_16_bits():
     assert error(attention_reference(q, k, v, alpha)) > 4
 
 
+MISTAKES = {
+    "fewer keys": ({"k": (2, 3, 8, 16)}, "q .* one shape"),
+    "one head of keys for all": ({"k": (2, 1, 9, 16)}, "k .2, 1, 9, 16.*one shape"),
+    "more keys": ({"k": (2, 3, 18, 16), "v": (2, 3, 18, 16)}, "one shape"),
+    "wider values": ({"v": (2, 3, 9, 32)}, "v .*one shape"),
+    "places of other queries": ({"q": (2, 3, 4, 16), "at": (2, 5)}, "at .2, 5.*each query"),
+    "too few shares": ({"alpha": (1,)}, "alpha .1..*each of 3 heads"),
+    "too few windows": ({"windows": (1, 5)}, "windows .1, 5.*each of 3 heads"),
+    "an empty window": ({"windows": (0, 1, 5)}, "windows .0, 1, 5.*at least 1"),
+}
+
+
+@pytest.mark.parametrize("kernels", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_what_does_not_go_together_is_refused_in_a_line(kernels, mistake):
+    changes, fault = MISTAKES[mistake]
+    arguments = {name: torch.zeros(2, 3, 9, 16) for name in ("q", "k", "v")}
+    for name, value in changes.items():
+        arguments[name] = value if name == "windows" else torch.zeros(value)
+    with pytest.raises(ValueError, match=fault):
+        attention(**arguments, kernels=kernels)
+
+
 def test_pattern_by_hand():
     # two positions, d_head 1: query 1 scores keys 0 and 1 with ln 3 and 0
     q, k = torch.tensor([[[[5.0], [1.0]]]]), torch.tensor([[[[math.log(3)], [0.0]]]])

@@ -41,6 +41,17 @@ def test_fast_path_is_as_exact_as_the_reference(
         assert (a.double() - e).abs().max() <= budget
 
 
+@pytest.mark.parametrize("kernels", ["reference", "torch", "triton"])
+@pytest.mark.parametrize(
+    "sizes", [((4, 8), (16, 9), 4), ((4, 8), (8, 9), 3), ((2, 2, 8), (8, 9), 4)]
+)
+def test_what_does_not_go_together_is_refused_in_a_line(kernels, sizes):
+    resid, W_U, n_targets = sizes
+    targets = torch.zeros(n_targets, dtype=torch.long)
+    with pytest.raises(ValueError, match="resid .* @ W_U .* targets"):
+        linear_cross_entropy(torch.zeros(resid), torch.zeros(W_U), targets, kernels)
+
+
 def test_equal_logits_cost_the_logarithm_of_the_vocabulary():
     losses = linear_cross_entropy(torch.zeros(3, 8), torch.randn(8, 100), torch.tensor([0, 50, 99]))
     assert torch.allclose(losses, torch.full((3,), math.log(100)))
