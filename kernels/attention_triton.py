@@ -39,6 +39,7 @@ import triton.language as tl
 from kernels import refuse_second_derivatives
 from kernels.tiles_triton import (
     LOG2_E,
+    LOWEST,
     ROWS,
     UNLIMITED,
     by_size,
@@ -61,7 +62,6 @@ from kernels.tiles_triton import (
 )
 
 LN_2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-1e30)  # finite: all keys of a tile may be hidden, and inf - inf is NaN
 
 # BLOCK_QUERY, BLOCK_KEY, num_warps, num_stages. 90: of those that do not spill the fastest, as seen
 # on an H200 (heads of 16 and 32 among a few); small tiles win there, of which several programs

@@ -42,7 +42,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import refuse_second_derivatives
 from kernels.cross_entropy import IGNORED
-from kernels.tiles_triton import architecture, readable
+from kernels.tiles_triton import LOWEST, architecture, readable
 
 # of the gradient by the logits in memory at once: 4096 rows of 2^16 in bfloat16, for which the
 # library's products fill a chip
@@ -174,7 +174,7 @@ def statistics_kernel(
     rows = row + tl.arange(0, ROWS)
     target = tl.load(targets + rows, mask=rows < n_rows, other=-1).to(tl.int32)[:, None]
     columns = tl.arange(0, COLUMNS)[None, :]  # of a tile
-    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    largest = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     chosen = tl.full([ROWS], float("-inf"), tl.float32)
     start = tl.program_id(1) * share

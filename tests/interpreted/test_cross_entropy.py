@@ -71,6 +71,15 @@ def test_extreme_logits(dtype):
     assert_as_exact_as_the_reference(*inputs(40, 64, 300, dtype, scale=100.0))
 
 
+@pytest.mark.parametrize("n_hidden", [40, 90, 99])
+def test_tokens_that_are_ruled_out(n_hidden):
+    """Whole tiles and shares of the vocabulary of them."""
+    resid, W_U, targets = inputs(32, 16, 100)
+    resid[:, 0], W_U[0, :n_hidden], targets[0] = 1, -torch.inf, 99
+    losses = [linear_cross_entropy(resid, W_U, targets, k) for k in ("triton", "reference")]
+    assert torch.allclose(*losses, atol=1e-5) and losses[0].isfinite().any()
+
+
 def test_one_logit_above_all_others_by_hand():
     """300 and -300: the losses are 0 and 600, no exponential overflows, the gradients are exact."""
     W_U = torch.zeros(16, 2).index_put_((torch.tensor(0),), torch.tensor([1.0, -1.0]))
