@@ -172,7 +172,7 @@ def statistics_kernel(
     """
     row = tl.program_id(0) * ROWS
     rows = row + tl.arange(0, ROWS)
-    target = tl.load(targets + rows, mask=rows < n_rows, other=-1).to(tl.int32)[:, None]
+    target = load_targets(targets, rows, n_rows, d_vocab)
     columns = tl.arange(0, COLUMNS)[None, :]  # of a tile
     largest = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -206,7 +206,7 @@ def dlogits_kernel(
     rows = row + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)[None, :]  # of a tile
     inside = rows < n_rows
-    target = tl.load(targets + rows, mask=inside, other=-1).to(tl.int32)[:, None]
+    target = load_targets(targets, rows, n_rows, d_vocab)
     largest = tl.load(largest_ptr + rows, mask=inside, other=0.0)[:, None]
     scale = tl.load(scale_ptr + rows, mask=inside, other=0.0)[:, None]
     weight = tl.load(weight_ptr + rows, mask=inside, other=0.0)[:, None]
@@ -224,6 +224,14 @@ def dlogits_kernel(
             at = dlogits + rows[:, None].to(tl.int64) * width + column + columns
             stored = inside[:, None] & (column + columns < width)
             tl.store(at, gradient.to(dlogits.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def load_targets(targets, rows, n_rows, d_vocab):
+    """[row, 1]; -1 for what is no token: 64 bits are compared before they become 32."""
+    target = tl.load(targets + rows, mask=rows < n_rows, other=-1)
+    is_token = (target >= 0) & (target < d_vocab)
+    return tl.where(is_token, target, -1).to(tl.int32)[:, None]
 
 
 @triton.jit
