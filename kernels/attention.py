@@ -30,7 +30,6 @@ kernels: "reference" (the definition, line by line), "torch" (what a CPU uses) o
 (`attention_triton.py`, `frozen_triton.py`; imported only then). All mean the same up to rounding.
 """
 
-import functools
 import importlib
 
 import torch
@@ -335,10 +334,17 @@ def _patterns(q, k, windows):
     """Tile by tile of rows start..stop: start, stop and their pattern [batch * head, row, key up to
     stop].
     """
+    rows = min(tile(), q.shape[1])
+    later = q.new_full((rows, rows), float("-inf")).triu_(1)  # what a query may not see
     for start, stop in _tiles(q.shape[1]):
         scores = q.new_empty(len(q), stop - start, stop)
         _multiply(q[:, start:stop], k[:, :stop].transpose(1, 2), scores, q.shape[2] ** -0.5)
-        _mask(scores, start, stop, windows)
+        if windows is None:  # only the diagonal tile has hidden keys
+            scores[:, :, start:] += later[: stop - start, : stop - start]
+        else:
+            at = torch.arange(start, stop, device=q.device)[None]
+            hidden = ~visible(at, stop, windows)
+            scores.view(-1, *hidden.shape[1:]).masked_fill_(hidden, float("-inf"))
         yield start, stop, torch.softmax(scores, dim=-1, out=scores)
 
 
@@ -355,18 +361,3 @@ def tile():
 def _multiply(a, b, out, scale=1.0, add=False):
     """out = scale a @ b, or out += scale a @ b: BLAS scales and adds on its way."""
     torch.baddbmm(out, a, b, beta=int(add), alpha=scale, out=out)
-
-
-def _mask(scores, start, stop, windows):
-    """-inf to what the rows start..stop may not see. scores [batch * head, row, key up to stop]."""
-    if windows is None:  # only the diagonal tile has hidden keys
-        scores[:, :, start:] += _later_keys(stop - start, scores.device)
-    else:
-        hidden = ~visible(torch.arange(start, stop, device=scores.device)[None], stop, windows)
-        scores.view(-1, *hidden.shape[1:]).masked_fill_(hidden, float("-inf"))
-
-
-@functools.cache
-def _later_keys(n, device):
-    """-inf above the diagonal, 0 elsewhere."""
-    return torch.full((n, n), float("-inf"), device=device).triu(1)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels import attention as module
 from kernels.attention import (
@@ -207,6 +208,14 @@ def test_a_watcher_sees_the_whole_pattern_tile_by_tile(n_ctx, windows, alpha):
     z = watched_attention(q, k, v, watch, alpha, windows)
     assert torch.allclose(z, attention(q, k, v, alpha, windows), atol=1e-6)
     assert torch.allclose(seen, pattern, atol=1e-6)
+
+
+def test_shapes_may_be_tried_without_numbers():
+    with FakeTensorMode():
+        q = torch.empty(1, 1, 130, 4)
+        assert attention(q, q, q).shape == q.shape
+    q = torch.randn(1, 1, 130, 4)
+    assert torch.allclose(attention(q, q, q), attention_reference(q, q, q), atol=1e-6)
 
 
 @pytest.mark.parametrize("windows", [None, (1, 5, 1000)], ids=["full", "local"])
