@@ -42,13 +42,13 @@ pytestmark = [
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 D_HEADS = [16, 32, 64, 128]
-WINDOWS = (1, 5, 300, 2000)
-ALPHA = (-10.0, -1.0, 0.5, 10.0)
+WINDOWS = (1, 5, 63, 66, 130, 300, 2000)
+ALPHA = (-10.0, -1.0, 0.5, 10.0, 0.0, -2.0, 2.0)
 
 
 def on_gpu(n_ctx, d_head, dtype, seed=0):
-    """q, k, v [2, 4, pos, d_head] as projections make them: strided."""
-    tensors = inputs(n_ctx, d_head, 4, 2, seed, dtype)
+    """q, k, v [2, 7, pos, d_head] as projections make them: strided."""
+    tensors = inputs(n_ctx, d_head, 7, 2, seed, dtype)
     rows = torch.stack([t.detach().transpose(1, 2) for t in tensors], dim=2).cuda()
     return [t.transpose(1, 2).requires_grad_() for t in rows.unbind(2)]
 

@@ -80,6 +80,13 @@ def test_tokens_that_are_ruled_out(n_hidden):
     assert torch.allclose(*losses, atol=1e-5) and losses[0].isfinite().any()
 
 
+@pytest.mark.filterwarnings("ignore:overflow")  # of what the mask throws away
+def test_logits_far_below_zero():
+    """Where the columns that pad the vocabulary, of logit 0, would be the largest."""
+    resid, W_U, targets = inputs(20, 16, 100)
+    assert_as_exact_as_the_reference(resid + 3, W_U / 100 - 4, targets)
+
+
 def test_one_logit_above_all_others_by_hand():
     """300 and -300: the losses are 0 and 600, no exponential overflows, the gradients are exact."""
     W_U = torch.zeros(16, 2).index_put_((torch.tensor(0),), torch.tensor([1.0, -1.0]))
@@ -125,6 +132,15 @@ def test_a_target_that_is_no_token_costs_infinity():
 def test_chunks_of_any_size(monkeypatch, n_bytes):
     monkeypatch.setattr(module, "CHUNK_BYTES", n_bytes)
     assert_as_exact_as_the_reference(*inputs(20, 16, 60))
+
+
+def test_the_gradients_of_many_chunks_add_up_in_float32(monkeypatch):
+    """40 times 1 - 1/32: in bfloat16 the sum would be another from 8 on."""
+    monkeypatch.setattr(module, "CHUNK_BYTES", 1)
+    resid = torch.ones(40, 16, dtype=torch.bfloat16)
+    W_U = torch.zeros(16, 32, dtype=torch.bfloat16, requires_grad=True)
+    losses = linear_cross_entropy(resid, W_U, torch.zeros(40, dtype=torch.long), "triton")
+    assert (torch.autograd.grad(losses.sum(), W_U)[0][:, 0] == -38.75).all()
 
 
 @pytest.mark.parametrize("programs", [1, 12, 10**6])

@@ -82,6 +82,7 @@ def test_frozen_attention_takes_any_number_of_values(n_values):
 @pytest.mark.parametrize("arch", [80, 90], indirect=True, ids=["pointers", "descriptors"])
 def test_frozen_attention_takes_strided_and_repeated_values(arch):
     q, k, lse = recorded_run(40, batch=2)
+    lse = lse.mT.contiguous().mT
     values = torch.randn(2, 40, 2, 2, 16).half().permute(3, 0, 2, 1, 4)  # [batch, pos, head, a, d]
     repeated = values[:1].expand(3, -1, -1, -1, -1)
     pattern = attention_pattern(q, k)
@@ -120,9 +121,19 @@ def test_index_patterns_copy_rows_exactly(n_ctx, d_head):
 @pytest.mark.parametrize("n_ctx", [2, 63, 64, 127])
 @pytest.mark.parametrize("alpha, windows", [(None, None), (ALPHA, WINDOWS)], ids=["plain", "all"])
 def test_head_statistics_are_the_scores_of_the_explicit_pattern(arch, n_ctx, alpha, windows):
-    q, k, lse = recorded_run(n_ctx, 16, 1, alpha, windows)
-    tokens = few_tokens(n_ctx)
+    compare_statistics(n_ctx, alpha, windows)
+
+
+@pytest.mark.parametrize("windows", [(1, 5), (5, 1)])
+def test_head_statistics_of_two_texts_and_padded_heads(windows):
+    compare_statistics(63, ALPHA, windows, 24, 2)
+
+
+def compare_statistics(n_ctx, alpha, windows, d_head=16, batch=1):
+    q, k, lse = recorded_run(n_ctx, d_head, batch, alpha, windows)
+    tokens = few_tokens(n_ctx, batch)
     tokens[:, -1] = tokens[:, 1] = 0  # however short, one token has an earlier copy, if it can
+    lse, tokens = lse.mT.contiguous().mT, tokens.T.contiguous().T
     pattern = attention_pattern(q.float(), k.float(), alpha, windows)
     tolerance = 1e-6 if alpha is None else 1e-3  # smeared keys are rounded to 16 bits
     for offset in (1, 0, -1):
