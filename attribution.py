@@ -8,7 +8,7 @@ import torch
 
 import evaluate
 import metrics
-from measure import N_CTX, ROWS_AT_ONCE, draw_examples, head_scores
+from measure import N_CTX, ROWS_AT_ONCE, draw_examples, gather_losses, head_scores
 from parallel import Cores
 from progress import describe_machine
 from records import stack
@@ -153,10 +153,11 @@ class Ablations:
             return torch.stack(losses, dim=1)
 
         parts = []
-        for chunk in zip(*(x.split(at_once * self.cores.count) for x in rows), strict=True):
+        chunks = zip(*(x.split(at_once * self.cores.count) for x in rows), strict=True)
+        for chunk in chunks if len(rows[0]) else ():
             parts += self.cores(of_chunk, *chunk)
             progress(sum(map(len, parts)), len(rows[0]))
-        losses = self.ranks.gather(torch.cat(parts).cpu()).transpose(0, 1)
+        losses = gather_losses(parts, self.ranks).cpu().transpose(0, 1)
         if not losses.isfinite().all():
             raise BadInput("losses that are not numbers: this model's training has diverged")
         return losses
@@ -166,11 +167,12 @@ class Ablations:
         [layer, head, d_head].
         """
         at_once = ROWS_AT_ONCE[inputs.device.type]
+        shape = model.config.n_layers, model.config.n_heads, model.config.d_head
 
         def total(inputs):
             return sum(mean_results(model, rows) * len(rows) for rows in inputs.split(at_once))
 
-        total = sum(self.cores(total, inputs))
+        total = sum(self.cores(total, inputs), inputs.new_zeros(shape, dtype=torch.float32))
         self.ranks.sum(total)
         return total / len(self.examples)
 

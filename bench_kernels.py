@@ -228,12 +228,6 @@ def our_attention(kernels, windows=None):
     return attend
 
 
-def smeared_in_the_kernel(q, k, v, alpha):
-    from kernels import attention_triton
-
-    return attention_triton.attention(q, k, v, alpha, fused_smear=True)[0]
-
-
 def sdpa(q, k, v, backend=None):
     if backend is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -302,7 +296,6 @@ def attention_comparisons(device):
         "lerp + SDPA": lerp_and_sdpa,
         "lerp + SDPA, compiled": torch.compile(lerp_and_sdpa, dynamic=False) if gpu else None,
     }
-    in_one_kernel = {"ours, smeared in the kernel": smeared_in_the_kernel if gpu else None}
     for d_head, n_ctx, mode in itertools.product(
         (64, 128) if gpu else (64,),
         (512, 1024, 2048, 4096, 8192) if gpu else (512,),
@@ -310,8 +303,7 @@ def attention_comparisons(device):
     ):
         shape = (16384 // n_ctx, 2048 // d_head, n_ctx, d_head) if gpu else (4, 2, n_ctx, d_head)
         yield attention_comparison(shape, mode, plain)
-        also = in_one_kernel if mode == "forward" else {}
-        yield attention_comparison(shape, mode, smeared | also, smear=True)
+        yield attention_comparison(shape, mode, smeared, smear=True)
         for window in (w for w in (128, 256, 1024) if w < n_ctx):
             windows = (window,) * shape[1]
             local = {

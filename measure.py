@@ -119,7 +119,7 @@ def losses_of(model, inputs, targets, at=None):
 
 
 def gather_losses(results, ranks):
-    """What `loss_jobs` gave in all processes. Of few examples one may have got none."""
+    """Results for this process's rows -> those of all rows. Of few it may have got none."""
     return ranks.gather(torch.cat(results) if results else torch.empty(0))
 
 

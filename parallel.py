@@ -23,7 +23,7 @@ PATIENCE = datetime.timedelta(days=1)
 
 class Cores:
     """`cores(function, *tensors)` calls function on one part of the rows for each core; results in
-    the rows' order. `cores.run` takes jobs of unequal size.
+    the rows' order, none of no rows. `cores.run` takes jobs of unequal size.
     """
 
     def __init__(self, device, count=AVAILABLE_CORES):
@@ -33,6 +33,8 @@ class Cores:
             torch.set_num_threads(1)
 
     def __call__(self, function, *rows):
+        if not len(rows[0]):
+            return []
         if self.pool is None:
             return [function(*rows)]
         parts = min(self.count, len(rows[0]))

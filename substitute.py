@@ -24,7 +24,7 @@ import math
 import torch
 
 import evaluate
-from measure import ROWS_AT_ONCE
+from measure import ROWS_AT_ONCE, gather_losses
 from metrics import prefix_matching_keys
 from sweep import ablation, heads_in
 
@@ -92,7 +92,7 @@ def example_losses(model, examples, hook_for, cores, ranks):
         rows = zip(inputs.split(at_once), targets.split(at_once), strict=True)
         return torch.cat([model.losses(*some, hook_for(some[0])).mean(dim=1) for some in rows])
 
-    return ranks.gather(torch.cat(cores(of_rows, *map(ranks.share, examples))).cpu())
+    return gather_losses(cores(of_rows, *map(ranks.share, examples)), ranks).cpu()
 
 
 def fit(name, losses):

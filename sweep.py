@@ -77,7 +77,7 @@ def silence(z, heads, layer, means=None):
 
 
 def heads_in(heads, layer):
-    return [head for layer_of_head, head in heads if layer_of_head == layer]
+    return sorted({head for layer_of_head, head in heads if layer_of_head == layer})
 
 
 @torch.no_grad()

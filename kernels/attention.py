@@ -30,11 +30,12 @@ kernels: "reference" (the definition, line by line), "torch" (what a CPU uses) o
 (`attention_triton.py`, `frozen_triton.py`; imported only then). All mean the same up to rounding.
 """
 
-import functools
 import importlib
 
 import torch
 import torch.nn.functional as F
+
+from kernels import refuse_second_derivatives
 
 TILE = {"float32": 128, "bfloat16": 256}  # queries at a time, by what products are in
 # beyond this the pattern of one call is not worth keeping: recomputing it (SDPA) is slower but
@@ -44,16 +45,17 @@ KEEP_PATTERN_BYTES = 512 * 2**20
 
 def attention(q, k, v, alpha=None, windows=None, kernels="torch", at=None):
     """Attention output z [batch, head, pos, d_head], differentiable in q, k, v and alpha (module
-    docstring: definition).
+    docstring: definition), twice with "reference" alone.
 
     alpha [head] smears the keys (None: not). windows: for each head the number of positions that a
     query sees, itself included (None: all). at [batch, query]: where the queries stand, if there is
     not one at every key.
     """
+    _check(q, k, v, alpha, windows, at=at)
     if at is not None:  # the pattern of a few queries is small
         pattern = attention_pattern(*at_least_float32(q, k), alpha, windows, at)
         return pattern.to(v.dtype) @ v
-    if kernels == "reference":
+    if kernels == "reference" or not q.numel():  # nothing to start a kernel for
         return attention_reference(q, k, v, alpha, windows)
     if kernels == "triton":
         return _triton().attention(q, k, v, alpha, windows)[0]
@@ -145,7 +147,8 @@ def attention_and_lse(q, k, v, alpha=None, windows=None, kernels="torch"):
     """-> z as of `attention`, and lse [batch, head, pos], nats, at least float32, without a
     gradient: with q and k what `frozen_attention` and `head_mass` need.
     """
-    if kernels == "triton":
+    if kernels == "triton" and q.numel():
+        _check(q, k, v, alpha, windows)
         return _triton().attention(q, k, v, alpha, windows)
     z = attention(q, k, v, alpha, windows, kernels)
     with torch.no_grad():
@@ -159,7 +162,10 @@ def frozen_attention(q, k, lse, values, alpha=None, windows=None, kernels="torch
 
     lse may be None: "triton" then finds it again, and the CPU has no use for it.
     """
-    if kernels == "triton":
+    _check(q, k, k, alpha, windows, lse)
+    if values.shape[1:] != q.shape:
+        raise ValueError(f"values {[*values.shape]}: a stack of the shape of q is needed")
+    if kernels == "triton" and values.numel():
         if lse is None:
             lse = attention_and_lse(q, k, values[0], alpha, windows, kernels)[1]
         return _triton("frozen").frozen_attention(q, k, lse, values, alpha, windows)
@@ -190,7 +196,7 @@ def index_attention(index, values, kernels="torch"):
     """All attention on one given key: index [batch, head, query] of keys, values [A, batch, head,
     pos, d_head] -> z_i = value_{index_i} of the same shape; 0 where the index is negative.
     """
-    if kernels == "triton":
+    if kernels == "triton" and values.numel():
         return _triton("frozen").index_attention(index, values)
     chosen = values.gather(3, index.clamp(min=0).long()[None, ..., None].expand_as(values))
     return chosen.masked_fill(index[None, ..., None] < 0, 0)
@@ -216,9 +222,12 @@ def head_mass(q, k, lse, tokens, alpha=None, windows=None, offset=1, kernels="to
     Key k matches query q if the token at k - offset is q's own and 1 <= k - offset < q
     (`metrics.prefix_matching_keys`). lse may be None.
     """
+    _check(q, k, k, alpha, windows, lse)
+    if tokens.shape != (q.shape[0], q.shape[2]):
+        raise ValueError(f"tokens {[*tokens.shape]}: one is needed for each key of k {[*k.shape]}")
     if lse is None:  # the values do not matter
         lse = attention_and_lse(q, k, k, alpha, windows, kernels)[1]
-    if kernels == "triton":
+    if kernels == "triton" and q.numel():
         return _triton("frozen").head_mass(q, k, lse, tokens, alpha, windows, offset)
     n_ctx = tokens.shape[1]
     copy = torch.arange(n_ctx, device=tokens.device) - offset
@@ -255,6 +264,23 @@ def _score_tiles(q, k, alpha, windows):
         yield slice(start, stop), _scores(q[:, :, start:stop], k[:, :, :stop], windows, at)
 
 
+def _check(q, k, v, alpha, windows, lse=None, at=None):
+    """Refuses, in a line, what does not go together: a kernel would read other memory."""
+    batch, n_heads, n_queries, d_head = q.shape
+    of_keys = batch, n_heads, n_queries if at is None else k.shape[2], d_head
+    if not of_keys == k.shape == v.shape:
+        shapes = f"q {[*q.shape]}, k {[*k.shape]}, v {[*v.shape]}"
+        raise ValueError(f"{shapes}: one shape, [batch, head, pos, d_head], is needed")
+    if at is not None and at.shape != (batch, n_queries):
+        raise ValueError(f"at {[*at.shape]}: one is needed for each query of q {[*q.shape]}")
+    if lse is not None and lse.shape != q.shape[:3]:
+        raise ValueError(f"lse {[*lse.shape]}: one is needed for each query of q {[*q.shape]}")
+    if alpha is not None and alpha.shape != (n_heads,):
+        raise ValueError(f"alpha {[*alpha.shape]}: one is needed for each of {n_heads} heads")
+    if windows is not None and (len(windows) != n_heads or min(windows) < 1):
+        raise ValueError(f"windows {windows}: each of {n_heads} heads needs one of at least 1")
+
+
 def _triton(module="attention"):
     return importlib.import_module(f"kernels.{module}_triton")
 
@@ -277,6 +303,7 @@ class _TiledAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        refuse_second_derivatives()
         q, k, v, *patterns = ctx.saved_tensors
         shape, scale, n_ctx = grad.shape, q.shape[-1] ** -0.5, q.shape[1]
         grad = grad.flatten(0, 1)
@@ -307,10 +334,17 @@ def _patterns(q, k, windows):
     """Tile by tile of rows start..stop: start, stop and their pattern [batch * head, row, key up to
     stop].
     """
+    rows = min(tile(), q.shape[1])
+    later = q.new_full((rows, rows), float("-inf")).triu_(1)  # what a query may not see
     for start, stop in _tiles(q.shape[1]):
         scores = q.new_empty(len(q), stop - start, stop)
         _multiply(q[:, start:stop], k[:, :stop].transpose(1, 2), scores, q.shape[2] ** -0.5)
-        _mask(scores, start, stop, windows)
+        if windows is None:  # only the diagonal tile has hidden keys
+            scores[:, :, start:] += later[: stop - start, : stop - start]
+        else:
+            at = torch.arange(start, stop, device=q.device)[None]
+            hidden = ~visible(at, stop, windows)
+            scores.view(-1, *hidden.shape[1:]).masked_fill_(hidden, float("-inf"))
         yield start, stop, torch.softmax(scores, dim=-1, out=scores)
 
 
@@ -327,18 +361,3 @@ def tile():
 def _multiply(a, b, out, scale=1.0, add=False):
     """out = scale a @ b, or out += scale a @ b: BLAS scales and adds on its way."""
     torch.baddbmm(out, a, b, beta=int(add), alpha=scale, out=out)
-
-
-def _mask(scores, start, stop, windows):
-    """-inf to what the rows start..stop may not see. scores [batch * head, row, key up to stop]."""
-    if windows is None:  # only the diagonal tile has hidden keys
-        scores[:, :, start:] += _later_keys(stop - start, scores.device)
-    else:
-        hidden = ~visible(torch.arange(start, stop, device=scores.device)[None], stop, windows)
-        scores.view(-1, *hidden.shape[1:]).masked_fill_(hidden, float("-inf"))
-
-
-@functools.cache
-def _later_keys(n, device):
-    """-inf above the diagonal, 0 elsewhere."""
-    return torch.full((n, n), float("-inf"), device=device).triu(1)

@@ -24,8 +24,7 @@ and again; q, k, v and z are 4 T d_head. So no score ever leaves the chip:
   adds to anybody else's sums: no atomics, the same bits every run. The second works on transposed
   scores, because transposing a product's result between two products is where compilers err.
 - Smeared keys are written to memory once, before (2 T d_head against T^2 d_head of work); after the
-  backward pass each key collects its two shares of dkey', and alpha its gradient. `fused_smear`
-  instead takes both products, query . key_j and query . key_{j-1}, and blends them in float32.
+  backward pass each key collects its two shares of dkey', and alpha its gradient.
 
 Softmax is done to base 2, as the hardware does it; lse is natural. Scores, sums and the gradients
 of keys before unsmearing are float32, whatever the inputs are. How a program loads and walks is in
@@ -35,10 +34,11 @@ of keys before unsmearing are float32, whatever the inputs are. How a program lo
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
+from kernels import refuse_second_derivatives
 from kernels.tiles_triton import (
     LOG2_E,
+    LOWEST,
     ROWS,
     UNLIMITED,
     by_size,
@@ -61,22 +61,17 @@ from kernels.tiles_triton import (
 )
 
 LN_2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-1e30)  # finite: all keys of a tile may be hidden, and inf - inf is NaN
 
 # BLOCK_QUERY, BLOCK_KEY, num_warps, num_stages. 90: of those that do not spill the fastest, as seen
 # on an H200 (heads of 16 and 32 among a few); small tiles win there, of which several programs
-# share a multiprocessor. Not yet measured are 80, 100 and fused smear of 128: the largest tiles
-# whose sums stay in registers, and on 80 whose stages fit the 99 KB of shared memory of consumer
-# chips. float32, which has no tensor cores, goes by small ones on all of them.
+# share a multiprocessor. Not yet measured are 80 and 100: the largest tiles whose sums stay in
+# registers, and on 80 whose stages fit the 99 KB of shared memory of consumer chips. float32, which
+# has no tensor cores, goes by small ones on all of them.
 CONFIGS = {
     (80, "forward"): by_size((64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 3)),
-    (80, "fused smear"): by_size((64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
     (80, "dquery"): by_size((64, 64, 4, 2), (64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 8, 2)),
     (80, "dkey"): by_size((64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 2), (64, 64, 8, 2)),
     (90, "forward"): by_size((64, 64, 4, 3), (64, 64, 4, 3), (64, 128, 4, 2), (64, 128, 4, 1)),
-    (90, "fused smear"): by_size(
-        (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 128, 8, 2)
-    ),
     (90, "dquery"): by_size((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3)),
     (90, "dkey"): by_size((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 4)),
     (100, "forward"): by_size(
@@ -88,18 +83,16 @@ CONFIGS = {
     ("float32", "dquery"): by_size((16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 8, 2)),
     ("float32", "dkey"): by_size((32, 32, 4, 2), (32, 16, 4, 2), (32, 16, 4, 2), (16, 16, 4, 2)),
 }  # fmt: skip
-CONFIGS[100, "fused smear"] = CONFIGS[100, "forward"]
 
 
 @triton.jit
 def _forward_kernel(
-    q, q_strides, k, k_strides, v, v_strides, z, z_strides, lse, alpha, windows,
+    q, q_strides, k, k_strides, v, v_strides, z, z_strides, lse, windows,
     n_heads, n_ctx, scale,
     D_HEAD: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_KEY: tl.constexpr,
 ):  # fmt: skip
     batch, head, first_query, window = place_of_queries(windows, n_heads, n_ctx, BLOCK_QUERY)
     queries = first_query + tl.arange(0, BLOCK_QUERY)
-    share = None if alpha is None else tl.sigmoid(tl.load(alpha + head).to(tl.float32))
     scale *= LOG2_E
 
     q = load_rows(q, q_strides, batch, head, first_query, n_ctx, BLOCK_QUERY, D_HEAD)
@@ -112,13 +105,6 @@ def _forward_kernel(
             keys = first_key + tl.arange(0, BLOCK_KEY)
             k_tile = load_rows(k, k_strides, batch, head, first_key, n_ctx, BLOCK_KEY, D_HEAD)
             scores = tl.dot(q, k_tile.T, input_precision="ieee")
-            if alpha is not None:
-                before = load_rows(
-                    k, k_strides, batch, head, first_key - 1, n_ctx, BLOCK_KEY, D_HEAD
-                )
-                scores_before = tl.dot(q, before.T, input_precision="ieee")
-                own = tl.where(keys == 0, 1.0, share)[None, :]
-                scores = scores_before + own * (scores - scores_before)
             if stretch != 1:
                 seen = visible(queries[:, None], keys[None, :], window)
                 scores = tl.where(seen, scores, float("-inf"))
@@ -201,8 +187,8 @@ def _dkey_kernel(
             dz_tile = load_rows(
                 dz, dz_strides, batch, head, first_query, n_ctx, BLOCK_QUERY, D_HEAD
             )
-            # a query past the end has no pattern: exp(score - inf) = 0
-            lse_tile = tl.load(lse + row + queries, mask=queries < n_ctx, other=float("inf"))
+            # a query past the end adds nothing: its dz and delta are 0
+            lse_tile = tl.load(lse + row + queries, mask=queries < n_ctx, other=0.0)
             delta_tile = tl.load(delta + row + queries, mask=queries < n_ctx, other=0.0)
             scores = tl.dot(k, q_tile.T, input_precision="ieee")
             pattern = tl.exp2(scores * (scale * LOG2_E) - lse_tile[None, :] * LOG2_E)
@@ -259,36 +245,32 @@ def _unsmear_kernel(
     tl.store(dalpha + tl.program_id(0), by_share * share * (1 - share))
 
 
-def attention(q, k, v, alpha=None, windows=None, fused_smear=False):
+def attention(q, k, v, alpha=None, windows=None):
     """-> z [batch, head, pos, d_head], and lse [batch, head, pos], float32, which has no gradient;
     see `attention.attention`.
 
-    q, k, v: float32, float16 or bfloat16, all three the same; head sizes up to 128. fused_smear:
-    smear in the forward kernel, without rounding to 16 bits and without memory, instead of before
-    (float32 keys lose nothing and are always smeared before).
+    q, k, v: float32, float16 or bfloat16, all three the same; head sizes up to 128.
     """
     d_head = q.shape[3]
     if d_head > 128:
         raise ValueError(f"d_head is {d_head}: the Triton kernels go up to 128")
     q, k, v = (padded(x) for x in (q, k, v))
-    z, lse = _Attention.apply(q, k, v, alpha, windows, d_head**-0.5, fused_smear)
+    z, lse = _Attention.apply(q, k, v, alpha, windows, d_head**-0.5)
     return z[..., :d_head], lse
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, alpha, windows, scale, fused_smear):
+    def forward(ctx, q, k, v, alpha, windows, scale):
         q, k, v = readable(q), readable(k), readable(v)
         _, n_heads, n_ctx, d_head = q.shape
         ctx.windows, ctx.scale = window_tensor(windows, q), scale
-        fused = alpha if fused_smear and q.dtype != torch.float32 else None
-        ctx.fused = fused is not None
-        keys = k if alpha is None or fused is not None else smear_keys(k, alpha)
+        keys = k if alpha is None else smear_keys(k, alpha)
         z, lse = empty_rows(v), v.new_empty(v.shape[:3], dtype=torch.float32)
-        config = launch_config(CONFIGS, "forward" if fused is None else "fused smear", q)
+        config = launch_config(CONFIGS, "forward", q)
         _forward_kernel[programs(q, config["BLOCK_QUERY"])](
             *rows(q), *tiles(keys, config["BLOCK_KEY"]), *tiles(v, config["BLOCK_KEY"]), *rows(z),
-            lse, fused, ctx.windows, n_heads, n_ctx, scale, d_head,
+            lse, ctx.windows, n_heads, n_ctx, scale, d_head,
             **config,
         )  # fmt: skip
         ctx.save_for_backward(q, k, keys, v, alpha, z, lse)
@@ -297,13 +279,11 @@ class _Attention(torch.autograd.Function):
         return z, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dz, _):
+        refuse_second_derivatives()
         q, k, keys, v, alpha, z, lse = ctx.saved_tensors
         _, n_heads, n_ctx, d_head = q.shape
         dz = readable(dz)
-        if ctx.fused:  # the forward kernel has written none
-            keys = smear_keys(k, alpha)
         dq, dv, delta = empty_rows(q), empty_rows(v), torch.empty_like(lse)
         # alpha's gradient is a sum of products of these that cancel
         dkeys = empty_rows(k, k.dtype if alpha is None else torch.float32)
@@ -321,20 +301,23 @@ class _Attention(torch.autograd.Function):
             **config,
         )  # fmt: skip
         if alpha is None:
-            return dq, dkeys, dv, None, None, None, None
+            return dq, dkeys, dv, None, None, None
 
         grid, dk = programs(k, ROWS), empty_rows(k)
         parts = dkeys.new_empty(grid)
         _unsmear_kernel[grid](
-            *rows(k), *rows(dkeys), *rows(dk), parts, alpha, n_heads, n_ctx, d_head, ROWS
-        )
+            *rows(k), *rows(dkeys), *rows(dk), parts, alpha.contiguous(), n_heads, n_ctx, d_head,
+            ROWS,
+        )  # fmt: skip
         dalpha = parts.view(len(k), n_heads, -1).sum(dim=(0, 2)).to(alpha.dtype)
-        return dq, dk, dv, dalpha, None, None, None
+        return dq, dk, dv, dalpha, None, None
 
 
 def smear_keys(k, alpha):
     """`attention.smear_keys`, without a gradient."""
     smeared = empty_rows(k)
     _, n_heads, n_ctx, d_head = k.shape
-    _smear_kernel[programs(k, ROWS)](*rows(k), *rows(smeared), alpha, n_heads, n_ctx, d_head, ROWS)
+    _smear_kernel[programs(k, ROWS)](
+        *rows(k), *rows(smeared), alpha.contiguous(), n_heads, n_ctx, d_head, ROWS
+    )
     return smeared

@@ -17,6 +17,8 @@ they are in a mean or a sum; else it computes dW_U again.
 import torch
 import torch.nn.functional as F
 
+from kernels import refuse_second_derivatives
+
 # logits in memory at once: large enough for full-speed matrix products, small enough to stay in a
 # CPU's cache
 CHUNK_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
@@ -28,7 +30,7 @@ IGNORED = -100  # as in F.cross_entropy
 
 def linear_cross_entropy(resid, W_U, targets, kernels="torch", rows=None):
     """Cross-entropy of every row in nats, [row], float32; differentiable in resid and W_U (module
-    docstring).
+    docstring), twice with "reference" alone.
 
     rows: indices of the rows of resid that are asked for, in the order of their targets (default:
     all). No others cost anything. kernels: "reference", "torch" or "triton" (on a GPU); all mean
@@ -36,7 +38,10 @@ def linear_cross_entropy(resid, W_U, targets, kernels="torch", rows=None):
     """
     if rows is not None:
         resid = resid[rows]
-    if kernels == "reference":
+    if W_U.shape[:1] != resid.shape[1:] or targets.shape != resid.shape[:1]:
+        shapes = f"resid {[*resid.shape]} @ W_U {[*W_U.shape]}, targets {[*targets.shape]}"
+        raise ValueError(f"{shapes}: [row, d_model] @ [d_model, d_vocab], [row] are needed")
+    if kernels == "reference" or not len(resid):
         return linear_cross_entropy_reference(resid, W_U, targets)
     if kernels == "triton":
         from kernels import cross_entropy_triton
@@ -72,9 +77,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        refuse_second_derivatives()
         resid, W_U, targets, dresid, dW_U = ctx.saved_tensors
         dresid = dresid * grad[:, None].to(dresid.dtype)
-        if grad.stride() == (0,):  # one number, expanded: what a mean or a sum sends back
+        if len(grad) and (grad == grad[0]).all():  # a mean or a sum
             return dresid, dW_U * grad[0].to(dW_U.dtype), None, None
         dW_U = torch.zeros_like(W_U)
         for rows, _, dlogits in _chunks(resid, W_U, targets):

@@ -40,8 +40,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels import refuse_second_derivatives
 from kernels.cross_entropy import IGNORED
-from kernels.tiles_triton import architecture
+from kernels.tiles_triton import LOWEST, architecture, readable
 
 # of the gradient by the logits in memory at once: 4096 rows of 2^16 in bfloat16, for which the
 # library's products fill a chip
@@ -94,6 +95,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        refuse_second_derivatives()
         resid, W_U, targets, largest, total = ctx.saved_tensors
         weight = torch.where(targets == IGNORED, 0.0, grad)
         per_row = (targets, largest, weight / total, weight)
@@ -115,7 +117,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _padded(matrix, columns, rows):
-    return F.pad(matrix, (0, columns, 0, rows)) if columns or rows else matrix.contiguous()
+    if columns or rows:
+        return F.pad(matrix, (0, columns, 0, rows))
+    return readable(matrix.contiguous())
 
 
 def _add_product(total, a, b):
@@ -168,9 +172,9 @@ def statistics_kernel(
     """
     row = tl.program_id(0) * ROWS
     rows = row + tl.arange(0, ROWS)
-    target = tl.load(targets + rows, mask=rows < n_rows, other=-1).to(tl.int32)[:, None]
+    target = load_targets(targets, rows, n_rows, d_vocab)
     columns = tl.arange(0, COLUMNS)[None, :]  # of a tile
-    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    largest = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     chosen = tl.full([ROWS], float("-inf"), tl.float32)
     start = tl.program_id(1) * share
@@ -202,7 +206,7 @@ def dlogits_kernel(
     rows = row + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)[None, :]  # of a tile
     inside = rows < n_rows
-    target = tl.load(targets + rows, mask=inside, other=-1).to(tl.int32)[:, None]
+    target = load_targets(targets, rows, n_rows, d_vocab)
     largest = tl.load(largest_ptr + rows, mask=inside, other=0.0)[:, None]
     scale = tl.load(scale_ptr + rows, mask=inside, other=0.0)[:, None]
     weight = tl.load(weight_ptr + rows, mask=inside, other=0.0)[:, None]
@@ -220,6 +224,14 @@ def dlogits_kernel(
             at = dlogits + rows[:, None].to(tl.int64) * width + column + columns
             stored = inside[:, None] & (column + columns < width)
             tl.store(at, gradient.to(dlogits.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def load_targets(targets, rows, n_rows, d_vocab):
+    """[row, 1]; -1 for what is no token: 64 bits are compared before they become 32."""
+    target = tl.load(targets + rows, mask=rows < n_rows, other=-1)
+    is_token = (target >= 0) & (target < d_vocab)
+    return tl.where(is_token, target, -1).to(tl.int32)[:, None]
 
 
 @triton.jit

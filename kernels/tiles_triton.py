@@ -16,6 +16,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+# below any score or logit, but finite: all of a tile may be hidden, and inf - inf is NaN
+LOWEST = tl.constexpr(-1e30)
 UNLIMITED = tl.constexpr(2**30)  # a window longer than any text
 ROWS = 64  # of a block in kernels that only read and write
 

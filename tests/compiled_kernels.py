@@ -155,12 +155,6 @@ def attention(d_head, dtype, smear=False, windows=None):
 
 
 @torch.no_grad()
-def fused_smear(d_head, dtype, windows):
-    q, k, v = (heads(d_head, dtype) for _ in range(3))
-    attention_triton.attention(q, k, v, torch.zeros(2), windows, fused_smear=True)
-
-
-@torch.no_grad()
 def recorded(d_head, dtype, windows):
     """What is done with the recorded pattern of another run."""
     q, k, values = heads(d_head, dtype), heads(d_head, dtype), heads(d_head, dtype, 8)
@@ -183,7 +177,6 @@ def all_cases():
             yield f"{name} {d_head} windows smeared", of(attention, smear=True)
             yield f"{name} {d_head} windows recorded", of(recorded)
             if d_head >= 64 and dtype != torch.float32:
-                yield f"{name} {d_head} windows fused smear", of(fused_smear)
                 yield f"{name} {d_head}", of(attention, windows=None)
 
 

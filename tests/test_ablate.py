@@ -133,15 +133,17 @@ def test_without_bands_the_rest_stays(snapshot, command):
         assert without[name] == pytest.approx(with_bands[name], abs=1e-5)
 
 
-def test_two_processes_ablate_as_one(snapshot, command):
-    one = record_of(snapshot, command, "--mean")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+@pytest.mark.parametrize("processes, examples", [(2, 6), (3, 2)], ids=["even", "one idle"])
+def test_processes_ablate_as_one(snapshot, command, processes, examples):
+    flags = ["--mean", "--examples", str(examples)]
+    one = record_of(snapshot, command, *flags)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     script = str(Path(ablate.__file__))
-    arguments = command(snapshot, "--heads", "0:1,1:1", "--mean", "--out", "two.npz")
+    arguments = command(snapshot, "--heads", "0:1,1:1", "--out", "all.npz", *flags)
     subprocess.run([sys.executable, *launch, script, *arguments], check=True, timeout=100)
-    two = read_records(Path("two.npz"))[0]
+    together = read_records(Path("all.npz"))[0]
     for name in one:
-        assert two[name] == pytest.approx(one[name], abs=1e-4)
+        assert together[name] == pytest.approx(one[name], abs=1e-4)
 
 
 def test_all_other_heads_are_those_that_are_not_named():

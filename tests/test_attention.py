@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels import attention as module
 from kernels.attention import (
@@ -96,6 +97,13 @@ def test_long_inputs_take_the_path_that_keeps_no_pattern(monkeypatch):
         assert_as_exact_as_the_reference(actual, reference, exact)
 
 
+def test_second_derivatives_are_the_references_alone():
+    q, k, v = inputs(3, 4, 1, dtype=torch.float64)
+    assert torch.autograd.gradgradcheck(attention_reference, (q, k, v))
+    with pytest.raises(RuntimeError, match="no second derivatives: use kernels='reference'"):
+        torch.autograd.grad(attention(q, k, v).sum(), q, create_graph=True)
+
+
 @pytest.mark.parametrize("windows", [None, (3, 1)])
 def test_gradients_by_finite_differences(windows):
     q, k, v = (t.detach().requires_grad_() for t in inputs(7, 4, 2, 1, dtype=torch.float64))
@@ -120,6 +128,29 @@ def test_patterns_that_are_measured_are_exact_in_16_bits():
     assert error(watched_attention(q, k, v, lambda *tile: tiles.append(tile), alpha)) < 1
     assert tiles[1][1].sum(dim=-1) == pytest.approx(1, abs=1e-5)
     assert error(attention_reference(q, k, v, alpha)) > 4
+
+
+MISTAKES = {
+    "fewer keys": ({"k": (2, 3, 8, 16)}, "q .* one shape"),
+    "one head of keys for all": ({"k": (2, 1, 9, 16)}, "k .2, 1, 9, 16.*one shape"),
+    "more keys": ({"k": (2, 3, 18, 16), "v": (2, 3, 18, 16)}, "one shape"),
+    "wider values": ({"v": (2, 3, 9, 32)}, "v .*one shape"),
+    "places of other queries": ({"q": (2, 3, 4, 16), "at": (2, 5)}, "at .2, 5.*each query"),
+    "too few shares": ({"alpha": (1,)}, "alpha .1..*each of 3 heads"),
+    "too few windows": ({"windows": (1, 5)}, "windows .1, 5.*each of 3 heads"),
+    "an empty window": ({"windows": (0, 1, 5)}, "windows .0, 1, 5.*at least 1"),
+}
+
+
+@pytest.mark.parametrize("kernels", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_what_does_not_go_together_is_refused_in_a_line(kernels, mistake):
+    changes, fault = MISTAKES[mistake]
+    arguments = {name: torch.zeros(2, 3, 9, 16) for name in ("q", "k", "v")}
+    for name, value in changes.items():
+        arguments[name] = value if name == "windows" else torch.zeros(value)
+    with pytest.raises(ValueError, match=fault):
+        attention(**arguments, kernels=kernels)
 
 
 def test_pattern_by_hand():
@@ -177,6 +208,14 @@ def test_a_watcher_sees_the_whole_pattern_tile_by_tile(n_ctx, windows, alpha):
     z = watched_attention(q, k, v, watch, alpha, windows)
     assert torch.allclose(z, attention(q, k, v, alpha, windows), atol=1e-6)
     assert torch.allclose(seen, pattern, atol=1e-6)
+
+
+def test_shapes_may_be_tried_without_numbers():
+    with FakeTensorMode():
+        q = torch.empty(1, 1, 130, 4)
+        assert attention(q, q, q).shape == q.shape
+    q = torch.randn(1, 1, 130, 4)
+    assert torch.allclose(attention(q, q, q), attention_reference(q, q, q), atol=1e-6)
 
 
 @pytest.mark.parametrize("windows", [None, (1, 5, 1000)], ids=["full", "local"])

@@ -41,6 +41,17 @@ def test_fast_path_is_as_exact_as_the_reference(
         assert (a.double() - e).abs().max() <= budget
 
 
+@pytest.mark.parametrize("kernels", ["reference", "torch", "triton"])
+@pytest.mark.parametrize(
+    "sizes", [((4, 8), (16, 9), 4), ((4, 8), (8, 9), 3), ((2, 2, 8), (8, 9), 4)]
+)
+def test_what_does_not_go_together_is_refused_in_a_line(kernels, sizes):
+    resid, W_U, n_targets = sizes
+    targets = torch.zeros(n_targets, dtype=torch.long)
+    with pytest.raises(ValueError, match="resid .* @ W_U .* targets"):
+        linear_cross_entropy(torch.zeros(resid), torch.zeros(W_U), targets, kernels)
+
+
 def test_equal_logits_cost_the_logarithm_of_the_vocabulary():
     losses = linear_cross_entropy(torch.zeros(3, 8), torch.randn(8, 100), torch.tensor([0, 50, 99]))
     assert torch.allclose(losses, torch.full((3,), math.log(100)))
@@ -69,11 +80,29 @@ def test_sixteen_bit_inputs_give_float32_losses_and_gradients_of_their_own_type(
     assert (losses - exact).abs().max() <= 2 * (reference - exact).abs().max()
 
 
-def test_same_weights_need_no_second_pass(monkeypatch):
+@pytest.mark.parametrize("ignored", [0, 2], ids=["all", "some ignored"])
+@pytest.mark.parametrize("mean", [torch.mean, lambda losses: losses.view(7, 1).sum() / 7])
+def test_same_weights_need_no_second_pass(monkeypatch, mean, ignored):
     resid, W_U, targets = inputs(7, 16, 50)
-    losses = linear_cross_entropy(resid, W_U, targets)
+    targets[:ignored] = IGNORED
+    of_reference = mean(linear_cross_entropy(resid, W_U, targets, "reference"))
+    expected = torch.autograd.grad(of_reference, (resid, W_U))
+    loss = mean(linear_cross_entropy(resid, W_U, targets))
     monkeypatch.setattr(module, "_chunks", None)
-    torch.autograd.grad(losses.view(7, 1).sum() / 7, (resid, W_U))
+    for a, e in zip(torch.autograd.grad(loss, (resid, W_U)), expected, strict=True):
+        assert torch.allclose(a, e, atol=1e-6)
+
+
+def test_second_derivatives_are_the_references_alone():
+    resid, W_U, targets = inputs(4, 3, 5, torch.float64)
+
+    def of_reference(resid, W_U):
+        return linear_cross_entropy(resid, W_U, targets, "reference")
+
+    assert torch.autograd.gradgradcheck(of_reference, (resid, W_U))
+    with pytest.raises(RuntimeError, match="no second derivatives: use kernels='reference'"):
+        losses = linear_cross_entropy(resid, W_U, targets)
+        torch.autograd.grad(losses.sum(), resid, create_graph=True)
 
 
 def test_without_gradients_there_is_no_gradient_to_compute(monkeypatch):

@@ -69,6 +69,30 @@ def test_attention_and_lse_gives_the_reference_output(alpha, windows):
     assert torch.allclose(of_torch, scores.logsumexp(-1), atol=1e-5)
 
 
+MISTAKES = {
+    "fewer keys": ({"k": (2, 3, 8, 8)}, "one shape"),
+    "another lse": ({"lse": (2, 3, 8)}, "lse .2, 3, 8.*each query"),
+    "too few shares": ({"alpha": (1,)}, "each of 3 heads"),
+    "too few windows": ({"windows": (1, 5)}, "each of 3 heads"),
+}
+
+
+@pytest.mark.parametrize("kernels", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("mistake", [*MISTAKES, "other values", "other tokens"])
+def test_what_does_not_go_together_is_refused_in_a_line(kernels, mistake):
+    changes, fault = MISTAKES.get(mistake, ({}, "shape of q|tokens"))
+    run = {"q": (2, 3, 9, 8), "k": (2, 3, 9, 8), "lse": (2, 3, 9)} | changes
+    run = {name: x if name == "windows" else torch.zeros(x) for name, x in run.items()}
+    values = torch.zeros(4, 2, 3, 8 if mistake == "other values" else 9, 8)
+    tokens = torch.zeros(2, 8 if mistake == "other tokens" else 9, dtype=torch.long)
+    if mistake != "other tokens":
+        with pytest.raises(ValueError, match=fault):
+            frozen_attention(**run, values=values, kernels=kernels)
+    if mistake != "other values":
+        with pytest.raises(ValueError, match=fault):
+            head_statistics(**run, tokens=tokens, kernels=kernels)
+
+
 def test_index_patterns_by_hand():
     values = torch.tensor([1.0, 2.0, 4.0]).view(1, 1, 1, 3, 1)
     index = torch.tensor([[[-1, 0, 1]]])  # attend to the token before

@@ -99,3 +99,13 @@ def test_everything_is_recovered_where_heads_are_ideal(name, head, repeated):
     assert row["loss_zero"] > row["loss_clean"] + 0.5
     assert row["recovered_zero_free"][0] == pytest.approx(1, abs=0.01)
     assert row["recovered_mean_free"][0] == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_a_process_without_examples_has_no_losses(cores, repeated):
+    ranks = Ranks(CPU)
+    ranks.world, ranks.rank, ranks.gather = 31, 30, lambda tensor: tensor  # of 30 examples
+    losses = substitute.example_losses(
+        induction_circuit(), repeated, lambda inputs: None, Cores(CPU, cores), ranks
+    )
+    assert losses.shape == (0,)

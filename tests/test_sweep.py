@@ -59,6 +59,12 @@ def test_ablating_nothing_changes_nothing(rows):
     assert torch.allclose(two_passes(model, rows, []), model.losses(*rows), atol=1e-5)
 
 
+def test_a_head_named_twice_is_ablated_once(rows):
+    model, at = make(), torch.tensor([[5, 50]]).expand(5, -1)
+    once, twice = sweep.sweep(model, *rows, at, [[(0, 1)], [(0, 1), (0, 1)]])
+    assert torch.equal(once, twice)
+
+
 def test_a_full_ablation_is_the_model_without_those_weights(rows):
     model, cut = make(n_layers=3, d_mlp=64), make(n_layers=3, d_mlp=64)
     cut.blocks[1].attn.W_O[2] = 0

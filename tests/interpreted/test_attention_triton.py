@@ -27,11 +27,11 @@ def square_tiles(request, monkeypatch):
     monkeypatch.setattr(module, "CONFIGS", table)
 
 
-def compare(tensors, windows=None, fused_smear=False):
+def compare(tensors, windows=None):
     """Asserts that z and every gradient are as exact as the reference's."""
 
     def kernel(q, k, v, alpha=None):
-        return module.attention(q, k, v, alpha, windows, fused_smear)[0]
+        return module.attention(q, k, v, alpha, windows)[0]
 
     def reference(q, k, v, alpha=None):
         return attention_reference(q, k, v, alpha, windows)
@@ -66,22 +66,21 @@ def test_a_single_position_copies_its_value():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("fused_smear", [False, True], ids=["smeared before", "smeared inside"])
-def test_sixteen_bit_inputs(dtype, fused_smear):
-    compare(smeared(inputs(100, 64, 2, 1, dtype=dtype), (-1.0, 2.0)), (70, 200), fused_smear)
+def test_sixteen_bit_inputs(dtype):
+    compare(smeared(inputs(100, 64, 2, 1, dtype=dtype), (-1.0, 2.0)), (70, 200))
 
 
 @pytest.mark.parametrize("alpha", [None, (-10.0, 0.3), (10.0, -1.0)])
 def test_every_share_of_smearing(square_tiles, alpha):
-    tensors = inputs(70, 16, 2, 1)
+    tensors = inputs(70, 16, 2)  # two texts: alpha's gradient is the sum of theirs
     compare(smeared(tensors, alpha) if alpha else tensors, (5, 70))
 
 
 def test_windows_that_end_inside_at_and_beyond_tiles(square_tiles):
-    compare(inputs(127, 16, 5, 1), (1, 32, 33, 65, 127))
+    compare(inputs(129, 16, 5, 1), (1, 32, 34, 63, 127))
 
 
-@pytest.mark.parametrize("d_head", [24, 32, 128])
+@pytest.mark.parametrize("d_head", [8, 24, 32, 128])
 def test_head_sizes(d_head):
     compare(smeared(inputs(40, d_head, 2, 1)))
 
@@ -107,13 +106,28 @@ def test_strided_inputs_and_several_batch_rows(arch):
         assert torch.allclose(actual, e, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("batch, n_ctx", [(0, 5), (2, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_of_nothing_comes_nothing(batch, n_ctx, dtype):
+    tensors = smeared(inputs(n_ctx, 16, 2, batch, dtype=dtype))
+    z, *gradients = output_and_gradients(lambda *t: attention(*t, kernels="triton"), tensors)
+    assert z.shape == (batch, 2, n_ctx, 16) and z.dtype == dtype
+    assert [g.shape for g in gradients] == [t.shape for t in tensors] and not gradients[-1].any()
+
+
 def test_log_sum_exp_is_the_references_and_has_no_gradient():
     q, k, v = inputs(70, n_heads=2, batch=1)
-    alpha, windows = torch.tensor([0.4, -2.0]), (7, 1000)
+    alpha, windows = torch.tensor([[0.4, 9.0], [-2.0, 9.0]])[:, 0], (7, 1000)  # strided
     z, lse = attention_and_lse(q, k, v, alpha, windows, "triton")
     expected_z, expected = attention_and_lse(q, k, v, alpha, windows, "reference")
     assert torch.allclose(lse, expected, atol=1e-5) and torch.allclose(z, expected_z, atol=1e-5)
     assert z.requires_grad and not lse.requires_grad
+
+
+def test_second_derivatives_are_refused():
+    q, k, v = inputs(5, n_heads=1, batch=1)
+    with pytest.raises(RuntimeError, match="no second derivatives: use kernels='reference'"):
+        torch.autograd.grad(attention(q, k, v, kernels="triton").sum(), q, create_graph=True)
 
 
 def test_large_scores_do_not_overflow():
@@ -137,7 +151,18 @@ def test_too_large_heads_are_refused():
         attention(*inputs(4, 129), kernels="triton")
 
 
-@pytest.mark.parametrize("arch, family", [(86, 80), (90, 90), (103, 100)], indirect=["arch"])
+def test_what_no_descriptor_can_describe_is_copied():
+    x = torch.zeros(2, 2, 8, 16).half()
+    shifted = torch.zeros(x.numel() + 1).half()[1:].view(x.shape)
+    assert readable(x) is x
+    for other in (shifted, x[:1].expand(2, -1, -1, -1), x.transpose(2, 3)):
+        assert readable(other) is not other and torch.equal(readable(other), other)
+
+
+FAMILIES = [(86, 80), (90, 90), (103, 100), (120, 80)]
+
+
+@pytest.mark.parametrize("arch, family", FAMILIES, indirect=["arch"])
 def test_every_gpu_has_its_family_and_descriptors_from_hopper_on(arch, family):
     assert architecture() == family
     assert torch.is_tensor(tiles(torch.zeros(1, 1, 16, 16).half(), 16)[0]) == (family == 80)

@@ -71,6 +71,22 @@ def test_extreme_logits(dtype):
     assert_as_exact_as_the_reference(*inputs(40, 64, 300, dtype, scale=100.0))
 
 
+@pytest.mark.parametrize("n_hidden", [40, 90, 99])
+def test_tokens_that_are_ruled_out(n_hidden):
+    """Whole tiles and shares of the vocabulary of them."""
+    resid, W_U, targets = inputs(32, 16, 100)
+    resid[:, 0], W_U[0, :n_hidden], targets[0] = 1, -torch.inf, 99
+    losses = [linear_cross_entropy(resid, W_U, targets, k) for k in ("triton", "reference")]
+    assert torch.allclose(*losses, atol=1e-5) and losses[0].isfinite().any()
+
+
+@pytest.mark.filterwarnings("ignore:overflow")  # of what the mask throws away
+def test_logits_far_below_zero():
+    """Where the columns that pad the vocabulary, of logit 0, would be the largest."""
+    resid, W_U, targets = inputs(20, 16, 100)
+    assert_as_exact_as_the_reference(resid + 3, W_U / 100 - 4, targets)
+
+
 def test_one_logit_above_all_others_by_hand():
     """300 and -300: the losses are 0 and 600, no exponential overflows, the gradients are exact."""
     W_U = torch.zeros(16, 2).index_put_((torch.tensor(0),), torch.tensor([1.0, -1.0]))
@@ -99,17 +115,32 @@ def test_ignored_targets(dtype, every):
     assert (losses[::every] == 0).all() and (dresid[::every] == 0).all()
 
 
+def test_of_nothing_comes_nothing():
+    resid, W_U, targets = inputs(0, 16, 40)
+    losses, dresid, dW_U = losses_and_gradients("triton", resid, W_U, targets)
+    assert (losses.shape, dresid.shape, dW_U.any()) == ((0,), (0, 16), False)
+
+
 def test_a_target_that_is_no_token_costs_infinity():
-    resid, W_U, targets = inputs(4, 16, 40)
-    targets[:2] = torch.tensor([40, -1])
+    resid, W_U, targets = inputs(6, 16, 40)
+    targets[:4] = torch.tensor([40, -1, 2**32 + 5, 5 - 2**32])
     losses = linear_cross_entropy(resid, W_U, targets, "triton")
-    assert losses.isinf().tolist() == [True, True, False, False]
+    assert losses.isinf().tolist() == [True] * 4 + [False] * 2
 
 
 @pytest.mark.parametrize("n_bytes", [1, 2000, 2**20], ids=["one row", "some rows", "all rows"])
 def test_chunks_of_any_size(monkeypatch, n_bytes):
     monkeypatch.setattr(module, "CHUNK_BYTES", n_bytes)
     assert_as_exact_as_the_reference(*inputs(20, 16, 60))
+
+
+def test_the_gradients_of_many_chunks_add_up_in_float32(monkeypatch):
+    """40 times 1 - 1/32: in bfloat16 the sum would be another from 8 on."""
+    monkeypatch.setattr(module, "CHUNK_BYTES", 1)
+    resid = torch.ones(40, 16, dtype=torch.bfloat16)
+    W_U = torch.zeros(16, 32, dtype=torch.bfloat16, requires_grad=True)
+    losses = linear_cross_entropy(resid, W_U, torch.zeros(40, dtype=torch.long), "triton")
+    assert (torch.autograd.grad(losses.sum(), W_U)[0][:, 0] == -38.75).all()
 
 
 @pytest.mark.parametrize("programs", [1, 12, 10**6])
@@ -145,6 +176,21 @@ def test_what_needs_no_gradient_costs_none(monkeypatch, frozen):
 def test_strided_inputs():
     resid, W_U, targets = inputs(40, 64, 96)
     assert_as_exact_as_the_reference(resid[::2, ::2], W_U.T.contiguous().T[::2], targets[::2])
+
+
+def test_second_derivatives_are_refused():
+    resid, W_U, targets = inputs(4, 16, 40)
+    losses = linear_cross_entropy(resid.requires_grad_(), W_U, targets, "triton")
+    with pytest.raises(RuntimeError, match="no second derivatives: use kernels='reference'"):
+        torch.autograd.grad(losses.sum(), resid, create_graph=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inputs_that_start_anywhere(dtype):
+    resid, W_U, targets = inputs(20, 16, 48, dtype)
+    odd = [torch.cat([m.new_zeros(1), m.flatten()])[1:].view(m.shape) for m in (resid, W_U)]
+    assert all(m.data_ptr() % 16 for m in odd)
+    assert_as_exact_as_the_reference(*odd, targets)
 
 
 def test_float64_is_refused_in_a_line():

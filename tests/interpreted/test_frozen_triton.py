@@ -13,13 +13,14 @@ from kernels.attention import (
     attention_pattern,
     frozen_attention,
     frozen_pattern,
+    head_mass,
     head_statistics,
     index_attention,
 )
 from model import ModelConfig, Transformer
 from sweep import sweep
 
-ALPHA, WINDOWS = torch.tensor([-1.0, 0.5]), (5, 1000)
+ALPHA, WINDOWS = torch.tensor([[-1.0, 9.0], [0.5, 9.0]])[:, 0], (5, 1000)  # strided
 
 
 def recorded_run(n_ctx, d_head=16, batch=1, alpha=None, windows=None, dtype=torch.float16):
@@ -81,12 +82,28 @@ def test_frozen_attention_takes_any_number_of_values(n_values):
 @pytest.mark.parametrize("arch", [80, 90], indirect=True, ids=["pointers", "descriptors"])
 def test_frozen_attention_takes_strided_and_repeated_values(arch):
     q, k, lse = recorded_run(40, batch=2)
+    lse = lse.mT.contiguous().mT
     values = torch.randn(2, 40, 2, 2, 16).half().permute(3, 0, 2, 1, 4)  # [batch, pos, head, a, d]
     repeated = values[:1].expand(3, -1, -1, -1, -1)
     pattern = attention_pattern(q, k)
     for x in (values, repeated):
         z = frozen_attention(q, k, lse, x, kernels="triton")
         assert torch.allclose(z, pattern @ x, atol=1e-2)
+
+
+@pytest.mark.parametrize("n_values, batch", [(0, 2), (3, 0)])
+def test_of_nothing_comes_nothing(n_values, batch):
+    q, values = torch.zeros(batch, 2, 9, 16), torch.zeros(n_values, batch, 2, 9, 16)
+    lse = attention_and_lse(q, q, q, ALPHA, WINDOWS, "triton")[1]
+    assert lse.shape == (batch, 2, 9)
+    for known in (lse, None):
+        z = frozen_attention(q, q, known, values, ALPHA, WINDOWS, "triton")
+        assert z.shape == values.shape
+    index = torch.zeros(batch, 2, 9, dtype=torch.long)
+    assert index_attention(index, values, "triton").shape == values.shape
+    if not batch:
+        mass = head_mass(q, q, None, index[:, 0], ALPHA, WINDOWS, kernels="triton")
+        assert mass.tolist() == [[0, 0], [0, 0]]
 
 
 @pytest.mark.parametrize("n_ctx", [1, 63, 130])
@@ -104,9 +121,19 @@ def test_index_patterns_copy_rows_exactly(n_ctx, d_head):
 @pytest.mark.parametrize("n_ctx", [2, 63, 64, 127])
 @pytest.mark.parametrize("alpha, windows", [(None, None), (ALPHA, WINDOWS)], ids=["plain", "all"])
 def test_head_statistics_are_the_scores_of_the_explicit_pattern(arch, n_ctx, alpha, windows):
-    q, k, lse = recorded_run(n_ctx, 16, 1, alpha, windows)
-    tokens = few_tokens(n_ctx)
+    compare_statistics(n_ctx, alpha, windows)
+
+
+@pytest.mark.parametrize("windows", [(1, 5), (5, 1)])
+def test_head_statistics_of_two_texts_and_padded_heads(windows):
+    compare_statistics(63, ALPHA, windows, 24, 2)
+
+
+def compare_statistics(n_ctx, alpha, windows, d_head=16, batch=1):
+    q, k, lse = recorded_run(n_ctx, d_head, batch, alpha, windows)
+    tokens = few_tokens(n_ctx, batch)
     tokens[:, -1] = tokens[:, 1] = 0  # however short, one token has an earlier copy, if it can
+    lse, tokens = lse.mT.contiguous().mT, tokens.T.contiguous().T
     pattern = attention_pattern(q.float(), k.float(), alpha, windows)
     tolerance = 1e-6 if alpha is None else 1e-3  # smeared keys are rounded to 16 bits
     for offset in (1, 0, -1):
