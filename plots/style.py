@@ -68,7 +68,8 @@ def save(figure, path):
     drawn = io.BytesIO()
     figure.savefig(drawn, bbox_inches="tight", format="png")
     image = Image.open(drawn).convert("RGB")
-    palette = image.quantize(256, Image.Quantize.MAXCOVERAGE)
+    palette = image.quantize(255, Image.Quantize.MAXCOVERAGE)
+    palette.putpalette([255, 255, 255, *palette.getpalette()[: 3 * 255]])  # white stays white
     image = image.quantize(palette=palette)  # dithered: looks the same at less than half the size
     write_whole(path, lambda temporary: image.save(temporary, "png", optimize=True))
     plt.close(figure)

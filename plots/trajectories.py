@@ -180,10 +180,11 @@ def draw(runs, plane=()):
     """-> a figure with one panel a run, in rows by series; plane: folders of other runs that share
     the plane.
     """
-    every = [*runs, *map(load_run, plane)]
+    drawn = {run.folder for run in runs}
+    every = [*runs, *(load_run(folder) for folder in plane if folder not in drawn)]
     turns, rows = pivots(every), []
     for group in by_examples(every):
-        shown = [run for run in group if run in runs]
+        shown = [run for run in group if run.folder in drawn]
         series = dict.fromkeys(run.series for run in shown)
         members = [[run for run in shown if run.series == one] for one in series]
         rows += [(joint_pca(group), group, some) for some in members]

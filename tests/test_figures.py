@@ -205,6 +205,16 @@ def test_a_second_corpus_has_a_plane_of_its_own(tmp_path):
     style.plt.close(figure)
 
 
+def test_other_runs_share_the_plane_of_paths(tmp_path):
+    one, two = path_run(tmp_path / "2L", turning()), path_run(tmp_path / "3L", 5 * straight())
+    figure = trajectories.draw([one], plane=[one.folder, two.folder])
+    (ax,) = figure.axes
+    path = ax.get_lines()[-3].get_xydata()
+    plane = trajectories.joint_pca([one, two])
+    assert np.array_equal(path, plane.project(trajectories.losses_through_training(one)[1]))
+    style.plt.close(figure)
+
+
 def test_the_window_is_outlined_on_the_path(tmp_path):
     run = path_run(tmp_path / "2L", turning())
     figure = trajectories.draw([run])
