@@ -25,7 +25,7 @@ import torch
 import evaluate
 from corpora import open_corpus
 from data import training_batch
-from measure import draw_examples, measure
+from measure import N_CTX, draw_examples, measure
 from model import SCALES, SERIES, ModelConfig, Transformer, config_for, count_parameters
 from parallel import Cores, Ranks
 from progress import Clock, Progress, describe_machine, header
@@ -322,6 +322,9 @@ def train(args, ranks, dtype):
     n_steps = recipe.n_tokens // tokens_per_step
     schedule = set(snapshot_steps(n_steps, recipe.n_snapshots))
     examples = draw_examples(corpus, recipe.n_examples, recipe.whole).to(args.device)
+    # now, since what is wrong with them should not be found at the end; a small text has fewer
+    n_final_examples = min(recipe.n_final_examples, corpus.rows("val", N_CTX))
+    final_examples = draw_examples(corpus, n_final_examples, recipe.whole)
     model = Transformer(config, args.kernels, dtype).init_weights(args.seed).to(args.device)
     parameters = list(model.parameters())
     optimizer = make_optimizer(model, recipe)
@@ -380,8 +383,7 @@ def train(args, ranks, dtype):
         return 130
     with clock("evaluation"):
         ranks.wait()  # until the first process has written the last snapshot
-        examples = draw_examples(corpus, recipe.n_final_examples, recipe.whole)
-        examples = examples.to(args.device)
+        examples = final_examples.to(args.device)
 
         def measure_again(index):
             path = run.snapshot_path(int(run.records[index]["step"]))

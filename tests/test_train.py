@@ -148,6 +148,12 @@ def test_a_run_leaves_its_records(workplace, text_file, capsys):
     assert "1 layer" in out and str(run.name) in out.splitlines()[-1]
 
 
+def test_a_small_text_is_measured_at_the_end_on_all_that_it_holds_out(workplace, text_file):
+    held_out = open_corpus(str(text_file), PYTHON_1024).rows("val", 512)
+    assert train.main(flags(text_file, "--set", f"n_final_examples={held_out + 1}", steps=2)) == 0
+    assert json.loads(Path("run/summary.json").read_text())["examples"] == held_out
+
+
 @pytest.mark.skipif(not shutil.which("git"), reason="needs git")
 def test_a_commit_is_dirty_if_code_was_changed_but_not_if_results_were(tmp_path):
     assert commit_of(tmp_path) is None
@@ -461,6 +467,7 @@ def test_settings_change_what_they_name_in_model_and_recipe():
         (["--set", "init_value=-1"], "init_value is -1.0"),
         (["--set", "whole=2"], "1 at most"),
         (["--set", "warmup_tokens=0"], "warmup_tokens is 0"),
+        (["--set", "n_final_examples=1"], "at least 2"),
         (["--snapshots", "2"], "at least 3"),
         (["--examples", "1"], "at least 2"),
         (["--examples", "1000000"], "holds out only"),
