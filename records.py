@@ -14,11 +14,13 @@ batches then give the same losses to the last bit.
 """
 
 import json
+import math
 import os
 import time
 import zipfile
 
 import numpy as np
+import torch
 
 from safety import BadInput, write_whole
 from snapshots import load_tensors, save_snapshot, save_tensors
@@ -55,9 +57,7 @@ class RunFolder:
         return self.folder / "snapshots"
 
     def _find_state(self):
-        """state.pt of the run in the folder, the run's later traces cut off; None if it had no
-        snapshot yet.
-        """
+        """state.pt of the run in the folder; None if it had no snapshot yet."""
         if not (self.folder / "run.json").exists():
             raise BadInput(
                 f"{self.folder} holds no run to go on with; leave out --resume to begin one"
@@ -72,32 +72,32 @@ class RunFolder:
                 )
         if not (self.folder / "state.pt").exists():
             return None
-        state = load_tensors(self.folder / "state.pt")
-        records = read_records(self.folder / "measurements.npz")
-        self.records = [record for record in records if record["step"] <= state["step"]]
-        if self.writes:
-            lines = (
-                (self.folder / "train.jsonl").read_text().splitlines(keepends=True)[: state["step"]]
-            )
-            write_whole(self.folder / "train.jsonl", lambda path: path.write_text("".join(lines)))
-        return state
+        return load_tensors(self.folder / "state.pt")
 
-    def restore(self, model, optimizer, clock):
-        """Puts the state of an interrupted run into them; returns the number of steps done."""
+    def restore(self, model, optimizer, clock, n_steps):
+        """Puts the state of an interrupted run into them, and cuts its later traces off; returns
+        the number of steps done.
+        """
         if self.state is None:
             return 0
+        state, self.state = self.state, None
         try:
-            model.load_state_dict(self.state["weights"])
-            optimizer.load_state_dict(self.state["optimizer"])
-            clock.go_on_from(self.state["seconds"])
-            return self.state["step"]
-        except (RuntimeError, KeyError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            step = read_state(state, model, optimizer, clock, n_steps)
+        except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
             raise BadInput(
-                f"{self.folder / 'state.pt'}: does not fit this model ({reason})"
+                f"{self.folder / 'state.pt'}: damaged, or does not fit this model ({error})"
             ) from None
-        finally:
-            self.state = None
+        records = read_records(self.folder / "measurements.npz")
+        self.records = [record for record in records if record["step"] <= step]
+        if self.writes:
+            lines = (self.folder / "train.jsonl").read_bytes().splitlines(keepends=True)
+            if len(lines) < step:
+                raise BadInput(
+                    f"{self.folder / 'train.jsonl'}: damaged: {len(lines)} lines, where state.pt"
+                    f" has made {step} steps; begin a new run with --out DIR"
+                )
+            self.log.truncate(sum(map(len, lines[:step])))
+        return step
 
     def has_record_of(self, step):
         return bool(self.records) and self.records[-1]["step"] == step
@@ -135,6 +135,50 @@ class RunFolder:
     def write_summary(self, summary):
         if self.writes:
             write_json(self.folder / "summary.json", summary)
+
+
+def read_state(state, model, optimizer, clock, n_steps):
+    """Puts what `write_state` wrote into them; returns the number of steps done.
+
+    The file may come from a stranger, or be damaged. Of the optimizer it gives two moments a
+    parameter and nothing else: PyTorch takes any shape, and the fused AdamW then writes beyond it.
+    """
+    step, seconds = state["step"], state["seconds"]
+    if type(step) is not int or not 0 <= step <= n_steps:
+        raise ValueError("its step is none of this run")
+    needed = {"total", "training"} if step else {"total"}
+    if not needed <= seconds.keys() or not all(map(is_number, seconds.values())):
+        raise ValueError("its seconds are none")
+    if state["weights"].keys() != model.state_dict().keys():
+        raise ValueError("its weights are another model's")
+    with torch.no_grad():
+        for name, weight in model.state_dict().items():
+            weight.copy_(fitting(state["weights"][name], weight))
+    ordered = [p for group in optimizer.param_groups for p in group["params"]]
+    for n, parameter in enumerate(ordered if step else ()):
+        moments = state["optimizer"]["state"][n]
+        optimizer.state[parameter] = {
+            "step": torch.tensor(float(step), dtype=torch.float32, device=parameter.device),
+            **{
+                name: torch.empty_like(parameter).copy_(fitting(moments[name], parameter))
+                for name in ("exp_avg", "exp_avg_sq")
+            },
+        }
+    clock.go_on_from(seconds)
+    return step
+
+
+def is_number(value):
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def fitting(found, like):
+    """found, if it is a tensor like the other."""
+    if not torch.is_tensor(found):
+        raise ValueError("a tensor is missing")
+    if (found.shape, found.dtype, found.layout) != (like.shape, like.dtype, like.layout):
+        raise ValueError(f"a tensor is {list(found.shape)} where {list(like.shape)} is needed")
+    return found
 
 
 def difference(before, now):

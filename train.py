@@ -292,7 +292,7 @@ def update(optimizer, parameters, gradient, recipe, step, tokens):
     learning_rate = recipe.learning_rate * min(1, tokens / recipe.warmup_tokens)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["factor"]
-    if recipe.weight_decay_later and step == recipe.weight_decay_later[0]:
+    if recipe.weight_decay_later and step >= recipe.weight_decay_later[0]:
         for group in optimizer.param_groups[:2]:  # those of matrices
             group["weight_decay"] = recipe.weight_decay_later[1]
     optimizer.step()
@@ -343,7 +343,7 @@ def train(args, ranks, dtype):
     folder = args.out or Path("runs") / default_name(args)
     check_space(folder, len(schedule), 4 * count_parameters(model)[0])
     run = RunFolder(folder, identity, about, args.resume, ranks)
-    first_step = run.restore(model, optimizer, clock)
+    first_step = run.restore(model, optimizer, clock, n_steps)
     say(header(args, model, corpus, recipe, n_steps, len(schedule), about["machine"]))
     say(f"-> {folder}" + (f", going on from step {first_step:,}" if first_step else ""))
 

@@ -534,14 +534,74 @@ def test_resuming_with_other_flags_is_refused(workplace, text_file, capsys, chan
     }
 
 
-def test_a_state_of_another_shape_is_refused(workplace, text_file, capsys):
+def put(value, *place):
+    """Spoils a state: its entry at that place is the value, or is missing."""
+
+    def spoil(state):
+        for name in place[:-1]:
+            state = state[name]
+        if value is None:
+            del state[place[-1]]
+        else:
+            state[place[-1]] = value
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        put(torch.zeros(7), "weights", "ln_final.w"),
+        put(7, "weights", "ln_final.w"),
+        put([7], "weights"),
+        put(torch.zeros(7), "optimizer", "state", 0, "exp_avg"),
+        put(torch.zeros(7).to_sparse(), "optimizer", "state", 0, "exp_avg_sq"),
+        put(None, "optimizer", "state", 3, "exp_avg_sq"),
+        put({}, "optimizer", "state"),
+        put(None, "optimizer"),
+        put(3, "step"),
+        put(-1, "step"),
+        put(torch.tensor([1, 2]), "step"),
+        put(2.0, "step"),
+        put(None, "seconds", "total"),
+        put(float("nan"), "seconds", "training"),
+        put(3, "seconds"),
+        put(10**400, "seconds", "total"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_and_nothing_lost(workplace, text_file, capsys, spoil):
     train.main(flags(text_file, steps=2))
     state = torch.load("run/state.pt", weights_only=True)
-    state["weights"]["ln_final.w"] = torch.zeros(7)
+    spoil(state)
     torch.save(state, "run/state.pt")
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     capsys.readouterr()
     assert train.main(flags(text_file, "--resume", steps=2)) == 2
-    assert "does not fit" in one_line(capsys)
+    assert "state.pt: damaged, or does not fit" in one_line(capsys)
+    after = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    assert before == after
+
+
+def test_moments_that_share_their_memory_are_taken_apart(workplace, text_file):
+    train.main(flags(text_file, steps=2))
+    state = torch.load("run/state.pt", weights_only=True)
+    config = config_for("mini", 1, True, 1024)
+    model = Transformer(config)
+    optimizer = train.make_optimizer(model, RECIPES["mini"])
+    for moments in state["optimizer"]["state"].values():
+        moments["exp_avg"] = torch.ones(1).expand(moments["exp_avg"].shape)
+    state["optimizer"]["param_groups"][0]["weight_decay"] = 1e9
+    assert records.read_state(state, model, optimizer, Clock(), n_steps=2) == 2
+    assert all(s["exp_avg"].is_contiguous() for s in optimizer.state.values())
+    assert optimizer.param_groups[0]["weight_decay"] == RECIPES["mini"].weight_decay
+
+
+def test_a_log_shorter_than_its_state_is_refused(workplace, text_file, capsys):
+    train.main(flags(text_file, steps=2))
+    Path("run/train.jsonl").write_text("")
+    capsys.readouterr()
+    assert train.main(flags(text_file, "--resume", steps=2)) == 2
+    assert "train.jsonl: damaged" in one_line(capsys)
 
 
 @pytest.mark.parametrize("name", ["state.pt", "measurements.npz", "run.json"])
@@ -574,6 +634,9 @@ def test_embeddings_and_vectors_learn_at_their_own_rate_and_only_matrices_decay(
             of_it = rate * (40 if name == "embed.W_E" or p.dim() == 1 else 1)
             expected = before[name] * (1 - of_it * decay * (p.dim() > 1)) - of_it
             torch.testing.assert_close(p.detach(), expected, rtol=1e-4, atol=1e-5, msg=name)
+    resumed = train.make_optimizer(model, recipe)  # after that step
+    train.update(resumed, parameters, torch.ones_like(gradient), recipe, step=2, tokens=200)
+    assert [group["weight_decay"] for group in resumed.param_groups] == [0.25, 0.25, 0]
 
 
 def test_a_dip_of_the_first_steps_is_not_announced_as_the_phase_change():
