@@ -84,6 +84,9 @@ def load_tensors(path):
     try:
         with zipfile.ZipFile(path) as file:
             stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in file.infolist())
+            spoilt = stored and file.testzip()  # PyTorch reads past wrong checksums
+        if spoilt:
+            raise BadInput(f"{spoilt} is not what was written")
         # torch.save compresses nothing, and a compressed entry could unpack to any size
         content = torch.load(path, map_location="cpu", weights_only=True) if stored else None
     except Exception as error:  # a stranger's file can fail in any way

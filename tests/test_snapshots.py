@@ -76,6 +76,15 @@ def test_a_snapshot_cut_short_is_not_opened(tmp_path, size):
     refuses(tmp_path / "a.pt", "damaged")
 
 
+def test_a_snapshot_with_one_wrong_bit_in_its_weights_is_not_opened(tmp_path):
+    path, model = tmp_path / "a.pt", make(SMALL)
+    save_snapshot(path, model, 0, 0, CORPUS)
+    content, weights = bytearray(path.read_bytes()), model.embed["W_E"].detach().numpy().tobytes()
+    content[content.index(weights) + 5] ^= 1
+    path.write_bytes(content)
+    refuses(path, "damaged")
+
+
 def test_foreign_files_are_not_opened(tmp_path):
     path = tmp_path / "a.pt"
     path.write_text("hello")
