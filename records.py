@@ -71,6 +71,12 @@ class RunFolder:
                     " begin a new run with --out DIR"
                 )
         if not (self.folder / "state.pt").exists():
+            measured = self.folder / "measurements.npz"
+            if measured.exists() and any(r["step"] > 0 for r in read_records(measured)):
+                raise BadInput(
+                    f"{self.folder}: state.pt is missing: this run cannot go on, and to start over"
+                    " would overwrite its records; start anew with another --out DIR"
+                )
             return None
         return load_tensors(self.folder / "state.pt")
 

@@ -596,6 +596,16 @@ def test_moments_that_share_their_memory_are_taken_apart(workplace, text_file):
     assert optimizer.param_groups[0]["weight_decay"] == RECIPES["mini"].weight_decay
 
 
+def test_a_run_without_its_state_is_not_overwritten(workplace, text_file, capsys):
+    train.main(flags(text_file, steps=2))
+    Path("run/state.pt").unlink()
+    before = losses("run")
+    capsys.readouterr()
+    assert train.main(flags(text_file, "--resume", steps=2)) == 2
+    assert "state.pt is missing" in one_line(capsys)
+    assert losses("run") == before
+
+
 def test_a_log_shorter_than_its_state_is_refused(workplace, text_file, capsys):
     train.main(flags(text_file, steps=2))
     Path("run/train.jsonl").write_text("")
