@@ -154,6 +154,8 @@ def parse_args(argv):
                 "--model names a whole model of the paper: leave out the other flags for its sizes"
             )
         args.scale = "paper"
+    if not 0 <= args.seed < 2**63:
+        raise BadInput(f"--seed {args.seed}: a whole number from 0 to {2**63 - 1} is needed")
     args.settings = dict(map(read_setting, args.set))
     args.layers = 2 if args.layers is None else args.layers
     args.scale = args.scale or ("small" if args.device.type == "cuda" else "mini")
@@ -200,7 +202,7 @@ def model_config(args, d_vocab):
 
 def training_recipe(args, n_ctx, world):
     """The scale's recipe with what the flags change in it."""
-    recipe = with_settings(RECIPES[args.scale], args.settings)
+    recipe = RECIPES[args.scale]
     if args.tokens is not None:
         recipe = dataclasses.replace(recipe, n_tokens=args.tokens)
     if args.lr is not None:
@@ -210,6 +212,7 @@ def training_recipe(args, n_ctx, world):
     if args.examples is not None:
         few = {"n_examples": args.examples, "n_final_examples": args.examples}
         recipe = dataclasses.replace(recipe, **few)
+    recipe = with_settings(recipe, args.settings)  # last: --set n_final_examples is for itself
     if recipe.n_tokens < recipe.n_rows * n_ctx:
         raise BadInput(
             f"--tokens {recipe.n_tokens}: one step alone is {recipe.n_rows * n_ctx:,} tokens"

@@ -423,6 +423,9 @@ def test_flags_change_the_recipe_in_what_they_name():
     changed = {"n_tokens": 5_000_000, "learning_rate": 1e-3, "n_snapshots": 40, "n_examples": 30}
     expected = dataclasses.replace(train.RECIPES["mini"], **changed, n_final_examples=30)
     assert train.training_recipe(args, n_ctx=512, world=1) == expected
+    args.settings = {"n_final_examples": 50}
+    expected = dataclasses.replace(expected, n_final_examples=50)
+    assert train.training_recipe(args, n_ctx=512, world=1) == expected
 
 
 def test_settings_change_what_they_name_in_model_and_recipe():
@@ -468,6 +471,8 @@ def test_settings_change_what_they_name_in_model_and_recipe():
         (["--set", "whole=2"], "1 at most"),
         (["--set", "warmup_tokens=0"], "warmup_tokens is 0"),
         (["--set", "n_final_examples=1"], "at least 2"),
+        (["--seed", "-1"], "--seed -1: a whole number from 0"),
+        (["--seed", str(2**63)], "a whole number from 0"),
         (["--snapshots", "2"], "at least 3"),
         (["--examples", "1"], "at least 2"),
         (["--examples", "1000000"], "holds out only"),
