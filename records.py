@@ -34,13 +34,16 @@ class RunFolder:
     """Opens `folder` for a new run, or, with resume, the run in it that was made by the same
     `identity`.
 
-    identity: {"config", "recipe", "seed", "corpus"}, all that decides the losses. about: what else
-    run.json should tell. ranks: this process among several (parallel.py); only the first writes.
+    identity: {"config", "recipe", "seed", "corpus"}, all that decides the losses but for rounding.
+    about: what else run.json should tell; of its "machine", dtype and kernels decide the rounding
+    and have to be the same, too. ranks: this process among several (parallel.py); only the first
+    writes.
     """
 
     def __init__(self, folder, identity, about, resume, ranks):
         self.folder, self.writes = folder, ranks.is_first
         self.identity = json.loads(json.dumps(identity))
+        self.machine = about.get("machine", {})
         self.records, self.next_state = [], 0.0
         self.state = self._find_state() if resume else None
         if not resume and folder.exists() and any(folder.iterdir()):
@@ -63,12 +66,18 @@ class RunFolder:
                 f"{self.folder} holds no run to go on with; leave out --resume to begin one"
             )
         before = read_json(self.folder / "run.json")
-        for name, now in self.identity.items():
-            if before.get(name) != now:
+        if not isinstance(before, dict):
+            raise BadInput(f"{self.folder / 'run.json'}: damaged, or not written by train.py")
+        pairs = {name: (before.get(name), now) for name, now in self.identity.items()}
+        machine = before.get("machine")
+        for name in ("dtype", "kernels"):
+            if isinstance(machine, dict) and name in machine and name in self.machine:
+                pairs[f"--{name}"] = machine[name], self.machine[name]
+        for name, (then, now) in pairs.items():
+            if then != now:
                 raise BadInput(
-                    f"{self.folder} was begun with another {name}"
-                    f" ({difference(before.get(name), now)}); repeat the flags that began it, or"
-                    " begin a new run with --out DIR"
+                    f"{self.folder} was begun with another {name} ({difference(then, now)});"
+                    " repeat the flags that began it, or begin a new run with --out DIR"
                 )
         if not (self.folder / "state.pt").exists():
             measured = self.folder / "measurements.npz"

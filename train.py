@@ -332,7 +332,7 @@ def train(args, ranks, dtype):
     parameters = list(model.parameters())
     optimizer = make_optimizer(model, recipe)
 
-    # the losses follow from these and from nothing else
+    # the losses follow from these, but for rounding: that is the machine's and its settings'
     identity = {
         "config": dataclasses.asdict(config),
         "recipe": dataclasses.asdict(recipe),

@@ -520,6 +520,8 @@ def test_an_existing_run_is_not_overwritten(workplace, text_file, capsys):
         (["--seed", "1"], "seed"),
         (["--lr", "1e-4"], "recipe"),
         (["--vocabulary", "other.tiktoken"], "corpus"),
+        (["--kernels", "reference"], "--kernels (torch then, reference now)"),
+        (["--dtype", "bfloat16" if not evaluate.has_amx() else "float32"], "--dtype"),
     ],
 )
 def test_resuming_with_other_flags_is_refused(workplace, text_file, capsys, change, fault):
@@ -585,6 +587,14 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_lost(workplace, text_f
     assert "state.pt: damaged, or does not fit" in one_line(capsys)
     after = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     assert before == after
+
+
+def test_a_run_that_does_not_tell_its_dtype_goes_on(workplace, text_file):
+    train.main(flags(text_file, steps=2))
+    made = json.loads(Path("run/run.json").read_text())
+    del made["machine"]["dtype"]
+    Path("run/run.json").write_text(json.dumps(made))
+    assert train.main(flags(text_file, "--dtype", "float32", "--resume", steps=2)) == 0
 
 
 def test_moments_that_share_their_memory_are_taken_apart(workplace, text_file):
