@@ -2,7 +2,7 @@
 taken up again.
 
     run.json          what made it: sizes, recipe, seed, corpus; machine, versions, commit
-    train.jsonl       one line a step: step, tokens, loss (nats), gradient norm
+    train.jsonl       one line a step: step, tokens, loss (nats), gradient norm; locked in training
     snapshots/        step_<step>.pt: weights that describe themselves (snapshots.py)
     measurements.npz  one record a snapshot, stacked over snapshots (evaluate.py)
     state.pt          weights and optimizer, only for resuming
@@ -24,6 +24,11 @@ import torch
 
 from safety import BadInput, write_whole
 from snapshots import load_tensors, save_snapshot, save_tensors
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # writing state.pt takes at most one part in so many of a run's time: of a large model it takes
 # seconds, and losing a little of the work now and then costs less
@@ -51,9 +56,27 @@ class RunFolder:
         ranks.wait()  # until all have looked: what the first writes would look like a run to them
         if self.writes:
             self.snapshots.mkdir(parents=True, exist_ok=True)
+            if not resume:
+                self._open_log()
             if self.state is None:
+                self.log.truncate(0)
                 write_json(folder / "run.json", identity | about)
-            self.log = open(folder / "train.jsonl", "w" if self.state is None else "a")
+
+    def _open_log(self):
+        """Opens it and locks it: two processes that write into one folder would spoil the run. The
+        lock goes with the process, however that ends.
+        """
+        self.log = open(self.folder / "train.jsonl", "a")
+        try:
+            if fcntl:
+                fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(
+                f"{self.folder}: another process is training in this folder; wait for it, or write"
+                " elsewhere with --out DIR"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
 
     @property
     def snapshots(self):
@@ -65,6 +88,8 @@ class RunFolder:
             raise BadInput(
                 f"{self.folder} holds no run to go on with; leave out --resume to begin one"
             )
+        if self.writes:
+            self._open_log()  # before reading what another process may still be changing
         before = read_json(self.folder / "run.json")
         if not isinstance(before, dict):
             raise BadInput(f"{self.folder / 'run.json'}: damaged, or not written by train.py")

@@ -294,6 +294,21 @@ def test_no_process_writes_into_the_folder_before_all_have_looked_at_it(tmp_path
     assert waited == [False] and (tmp_path / "run").exists()
 
 
+@pytest.mark.skipif(not records.fcntl, reason="needs locks")
+def test_only_one_process_trains_in_a_folder(workplace, text_file, capsys):
+    process = start(workplace, flags(text_file, steps=2000))
+    try:
+        wait_for(lambda: Path("run/state.pt").exists(), process)
+        assert train.main(flags(text_file, "--resume", steps=2000)) == 2
+        assert "another process is training in this folder" in one_line(capsys)
+    finally:
+        process.kill()
+        process.communicate()
+    torch.save({}, "run/state.pt")  # the lock is gone, so that it gets as far as this
+    assert train.main(flags(text_file, "--resume", steps=2000)) == 2
+    assert "state.pt: damaged" in one_line(capsys)
+
+
 def test_a_full_gpu_is_told_in_one_line(workplace, text_file, monkeypatch, capsys):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 ...")
@@ -521,7 +536,11 @@ def test_an_existing_run_is_not_overwritten(workplace, text_file, capsys):
         (["--lr", "1e-4"], "recipe"),
         (["--vocabulary", "other.tiktoken"], "corpus"),
         (["--kernels", "reference"], "--kernels (torch then, reference now)"),
-        (["--dtype", "bfloat16" if not evaluate.has_amx() else "float32"], "--dtype"),
+        pytest.param(
+            ["--dtype", "float32"],
+            "--dtype",
+            marks=pytest.mark.skipif(not evaluate.has_amx(), reason="needs a CPU with AMX"),
+        ),
     ],
 )
 def test_resuming_with_other_flags_is_refused(workplace, text_file, capsys, change, fault):
