@@ -17,7 +17,6 @@ head, pos, d_head]; pattern [batch, head, query, key].
 """
 
 import dataclasses
-import math
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +30,9 @@ from kernels.attention import (
 )
 from kernels.cross_entropy import linear_cross_entropy
 from safety import BadInput
+
+# what kernels count in, and float32 with room for products
+LARGEST_SIZE, LARGEST_NUMBER = 2**31 - 1, 1e30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,17 +64,28 @@ class ModelConfig:
     def __post_init__(self):
         for name in ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "n_ctx", "d_vocab"):
             value, least = getattr(self, name), 0 if name == "d_mlp" else 1
-            if type(value) is not int or value < least:
-                raise BadInput(f"{name} is {value!r}: a whole number of at least {least} is needed")
+            if type(value) is not int or not least <= value <= LARGEST_SIZE:
+                raise BadInput(
+                    f"{name} is {value!r}: a whole number from {least} to {LARGEST_SIZE} is needed"
+                )
         if self.d_model % 2:
             raise BadInput(f"d_model is {self.d_model}: it must be even (half sines, half cosines)")
         for name in (f.name for f in dataclasses.fields(self) if f.type is float):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise BadInput(f"{name} is {value!r}: a positive number is needed")
-        windows = self.windows or (1,) * self.n_heads
-        if len(windows) != self.n_heads or min(windows) < 1:
-            raise BadInput(f"windows {windows}: each of {self.n_heads} heads needs at least 1")
+            if type(value) not in (int, float) or not 0 < value <= LARGEST_NUMBER:
+                raise BadInput(
+                    f"{name} is {value!r}: a positive number up to {LARGEST_NUMBER} is needed"
+                )
+        if type(self.smear) is not bool:
+            raise BadInput(f"smear is {self.smear!r}: it is on or off")
+        if self.windows is not None and not (
+            len(self.windows) == self.n_heads
+            and all(type(w) is int and 1 <= w <= LARGEST_SIZE for w in self.windows)
+        ):
+            raise BadInput(
+                f"windows {self.windows}: each of {self.n_heads} heads needs a whole number from 1"
+                f" to {LARGEST_SIZE}"
+            )
 
 
 # The three sizes of the small series. mini trains in minutes on two CPU cores; small on one GPU;

@@ -2,7 +2,7 @@
 taken up again.
 
     run.json          what made it: sizes, recipe, seed, corpus; machine, versions, commit
-    train.jsonl       one line a step: step, tokens, loss (nats), gradient norm
+    train.jsonl       one line a step: step, tokens, loss (nats), gradient norm; locked in training
     snapshots/        step_<step>.pt: weights that describe themselves (snapshots.py)
     measurements.npz  one record a snapshot, stacked over snapshots (evaluate.py)
     state.pt          weights and optimizer, only for resuming
@@ -14,14 +14,21 @@ batches then give the same losses to the last bit.
 """
 
 import json
+import math
 import os
 import time
 import zipfile
 
 import numpy as np
+import torch
 
 from safety import BadInput, write_whole
 from snapshots import load_tensors, save_snapshot, save_tensors
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # writing state.pt takes at most one part in so many of a run's time: of a large model it takes
 # seconds, and losing a little of the work now and then costs less
@@ -32,13 +39,16 @@ class RunFolder:
     """Opens `folder` for a new run, or, with resume, the run in it that was made by the same
     `identity`.
 
-    identity: {"config", "recipe", "seed", "corpus"}, all that decides the losses. about: what else
-    run.json should tell. ranks: this process among several (parallel.py); only the first writes.
+    identity: {"config", "recipe", "seed", "corpus"}, all that decides the losses but for rounding.
+    about: what else run.json should tell; of its "machine", dtype and kernels decide the rounding
+    and have to be the same, too. ranks: this process among several (parallel.py); only the first
+    writes.
     """
 
     def __init__(self, folder, identity, about, resume, ranks):
         self.folder, self.writes = folder, ranks.is_first
         self.identity = json.loads(json.dumps(identity))
+        self.machine = about.get("machine", {})
         self.records, self.next_state = [], 0.0
         self.state = self._find_state() if resume else None
         if not resume and folder.exists() and any(folder.iterdir()):
@@ -46,58 +56,88 @@ class RunFolder:
         ranks.wait()  # until all have looked: what the first writes would look like a run to them
         if self.writes:
             self.snapshots.mkdir(parents=True, exist_ok=True)
+            if not resume:
+                self._open_log()
             if self.state is None:
+                self.log.truncate(0)
                 write_json(folder / "run.json", identity | about)
-            self.log = open(folder / "train.jsonl", "w" if self.state is None else "a")
+
+    def _open_log(self):
+        """Opens it and locks it: two processes that write into one folder would spoil the run. The
+        lock goes with the process, however that ends.
+        """
+        self.log = open(self.folder / "train.jsonl", "a")
+        try:
+            if fcntl:
+                fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(
+                f"{self.folder}: another process is training in this folder; wait for it, or write"
+                " elsewhere with --out DIR"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
 
     @property
     def snapshots(self):
         return self.folder / "snapshots"
 
     def _find_state(self):
-        """state.pt of the run in the folder, the run's later traces cut off; None if it had no
-        snapshot yet.
-        """
+        """state.pt of the run in the folder; None if it had no snapshot yet."""
         if not (self.folder / "run.json").exists():
             raise BadInput(
                 f"{self.folder} holds no run to go on with; leave out --resume to begin one"
             )
+        if self.writes:
+            self._open_log()  # before reading what another process may still be changing
         before = read_json(self.folder / "run.json")
-        for name, now in self.identity.items():
-            if before.get(name) != now:
+        if not isinstance(before, dict):
+            raise BadInput(f"{self.folder / 'run.json'}: damaged, or not written by train.py")
+        pairs = {name: (before.get(name), now) for name, now in self.identity.items()}
+        machine = before.get("machine")
+        for name in ("dtype", "kernels"):
+            if isinstance(machine, dict) and name in machine and name in self.machine:
+                pairs[f"--{name}"] = machine[name], self.machine[name]
+        for name, (then, now) in pairs.items():
+            if then != now:
                 raise BadInput(
-                    f"{self.folder} was begun with another {name}"
-                    f" ({difference(before.get(name), now)}); repeat the flags that began it, or"
-                    " begin a new run with --out DIR"
+                    f"{self.folder} was begun with another {name} ({difference(then, now)});"
+                    " repeat the flags that began it, or begin a new run with --out DIR"
                 )
         if not (self.folder / "state.pt").exists():
+            measured = self.folder / "measurements.npz"
+            if measured.exists() and any(r["step"] > 0 for r in read_records(measured)):
+                raise BadInput(
+                    f"{self.folder}: state.pt is missing: this run cannot go on, and to start over"
+                    " would overwrite its records; start anew with another --out DIR"
+                )
             return None
-        state = load_tensors(self.folder / "state.pt")
-        records = read_records(self.folder / "measurements.npz")
-        self.records = [record for record in records if record["step"] <= state["step"]]
-        if self.writes:
-            lines = (
-                (self.folder / "train.jsonl").read_text().splitlines(keepends=True)[: state["step"]]
-            )
-            write_whole(self.folder / "train.jsonl", lambda path: path.write_text("".join(lines)))
-        return state
+        return load_tensors(self.folder / "state.pt")
 
-    def restore(self, model, optimizer, clock):
-        """Puts the state of an interrupted run into them; returns the number of steps done."""
+    def restore(self, model, optimizer, clock, n_steps):
+        """Puts the state of an interrupted run into them, and cuts its later traces off; returns
+        the number of steps done.
+        """
         if self.state is None:
             return 0
+        state, self.state = self.state, None
         try:
-            model.load_state_dict(self.state["weights"])
-            optimizer.load_state_dict(self.state["optimizer"])
-            clock.go_on_from(self.state["seconds"])
-            return self.state["step"]
-        except (RuntimeError, KeyError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            step = read_state(state, model, optimizer, clock, n_steps)
+        except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
             raise BadInput(
-                f"{self.folder / 'state.pt'}: does not fit this model ({reason})"
+                f"{self.folder / 'state.pt'}: damaged, or does not fit this model ({error})"
             ) from None
-        finally:
-            self.state = None
+        records = read_records(self.folder / "measurements.npz")
+        self.records = [record for record in records if record["step"] <= step]
+        if self.writes:
+            lines = (self.folder / "train.jsonl").read_bytes().splitlines(keepends=True)
+            if len(lines) < step:
+                raise BadInput(
+                    f"{self.folder / 'train.jsonl'}: damaged: {len(lines)} lines, where state.pt"
+                    f" has made {step} steps; begin a new run with --out DIR"
+                )
+            self.log.truncate(sum(map(len, lines[:step])))
+        return step
 
     def has_record_of(self, step):
         return bool(self.records) and self.records[-1]["step"] == step
@@ -135,6 +175,50 @@ class RunFolder:
     def write_summary(self, summary):
         if self.writes:
             write_json(self.folder / "summary.json", summary)
+
+
+def read_state(state, model, optimizer, clock, n_steps):
+    """Puts what `write_state` wrote into them; returns the number of steps done.
+
+    The file may come from a stranger, or be damaged. Of the optimizer it gives two moments a
+    parameter and nothing else: PyTorch takes any shape, and the fused AdamW then writes beyond it.
+    """
+    step, seconds = state["step"], state["seconds"]
+    if type(step) is not int or not 0 <= step <= n_steps:
+        raise ValueError("its step is none of this run")
+    needed = {"total", "training"} if step else {"total"}
+    if not needed <= seconds.keys() or not all(map(is_number, seconds.values())):
+        raise ValueError("its seconds are none")
+    if state["weights"].keys() != model.state_dict().keys():
+        raise ValueError("its weights are another model's")
+    with torch.no_grad():
+        for name, weight in model.state_dict().items():
+            weight.copy_(fitting(state["weights"][name], weight))
+    ordered = [p for group in optimizer.param_groups for p in group["params"]]
+    for n, parameter in enumerate(ordered if step else ()):
+        moments = state["optimizer"]["state"][n]
+        optimizer.state[parameter] = {
+            "step": torch.tensor(float(step), dtype=torch.float32, device=parameter.device),
+            **{
+                name: torch.empty_like(parameter).copy_(fitting(moments[name], parameter))
+                for name in ("exp_avg", "exp_avg_sq")
+            },
+        }
+    clock.go_on_from(seconds)
+    return step
+
+
+def is_number(value):
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def fitting(found, like):
+    """found, if it is a tensor like the other."""
+    if not torch.is_tensor(found):
+        raise ValueError("a tensor is missing")
+    if (found.shape, found.dtype, found.layout) != (like.shape, like.dtype, like.layout):
+        raise ValueError(f"a tensor is {list(found.shape)} where {list(like.shape)} is needed")
+    return found
 
 
 def difference(before, now):

@@ -25,7 +25,7 @@ import torch
 import evaluate
 from corpora import open_corpus
 from data import training_batch
-from measure import draw_examples, measure
+from measure import N_CTX, draw_examples, measure
 from model import SCALES, SERIES, ModelConfig, Transformer, config_for, count_parameters
 from parallel import Cores, Ranks
 from progress import Clock, Progress, describe_machine, header
@@ -154,6 +154,8 @@ def parse_args(argv):
                 "--model names a whole model of the paper: leave out the other flags for its sizes"
             )
         args.scale = "paper"
+    if not 0 <= args.seed < 2**63:
+        raise BadInput(f"--seed {args.seed}: a whole number from 0 to {2**63 - 1} is needed")
     args.settings = dict(map(read_setting, args.set))
     args.layers = 2 if args.layers is None else args.layers
     args.scale = args.scale or ("small" if args.device.type == "cuda" else "mini")
@@ -200,7 +202,7 @@ def model_config(args, d_vocab):
 
 def training_recipe(args, n_ctx, world):
     """The scale's recipe with what the flags change in it."""
-    recipe = with_settings(RECIPES[args.scale], args.settings)
+    recipe = RECIPES[args.scale]
     if args.tokens is not None:
         recipe = dataclasses.replace(recipe, n_tokens=args.tokens)
     if args.lr is not None:
@@ -210,6 +212,7 @@ def training_recipe(args, n_ctx, world):
     if args.examples is not None:
         few = {"n_examples": args.examples, "n_final_examples": args.examples}
         recipe = dataclasses.replace(recipe, **few)
+    recipe = with_settings(recipe, args.settings)  # last: --set n_final_examples is for itself
     if recipe.n_tokens < recipe.n_rows * n_ctx:
         raise BadInput(
             f"--tokens {recipe.n_tokens}: one step alone is {recipe.n_rows * n_ctx:,} tokens"
@@ -292,7 +295,7 @@ def update(optimizer, parameters, gradient, recipe, step, tokens):
     learning_rate = recipe.learning_rate * min(1, tokens / recipe.warmup_tokens)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["factor"]
-    if recipe.weight_decay_later and step == recipe.weight_decay_later[0]:
+    if recipe.weight_decay_later and step >= recipe.weight_decay_later[0]:
         for group in optimizer.param_groups[:2]:  # those of matrices
             group["weight_decay"] = recipe.weight_decay_later[1]
     optimizer.step()
@@ -322,11 +325,14 @@ def train(args, ranks, dtype):
     n_steps = recipe.n_tokens // tokens_per_step
     schedule = set(snapshot_steps(n_steps, recipe.n_snapshots))
     examples = draw_examples(corpus, recipe.n_examples, recipe.whole).to(args.device)
+    # now, since what is wrong with them should not be found at the end; a small text has fewer
+    n_final_examples = min(recipe.n_final_examples, corpus.rows("val", N_CTX))
+    final_examples = draw_examples(corpus, n_final_examples, recipe.whole)
     model = Transformer(config, args.kernels, dtype).init_weights(args.seed).to(args.device)
     parameters = list(model.parameters())
     optimizer = make_optimizer(model, recipe)
 
-    # the losses follow from these and from nothing else
+    # the losses follow from these, but for rounding: that is the machine's and its settings'
     identity = {
         "config": dataclasses.asdict(config),
         "recipe": dataclasses.asdict(recipe),
@@ -340,7 +346,7 @@ def train(args, ranks, dtype):
     folder = args.out or Path("runs") / default_name(args)
     check_space(folder, len(schedule), 4 * count_parameters(model)[0])
     run = RunFolder(folder, identity, about, args.resume, ranks)
-    first_step = run.restore(model, optimizer, clock)
+    first_step = run.restore(model, optimizer, clock, n_steps)
     say(header(args, model, corpus, recipe, n_steps, len(schedule), about["machine"]))
     say(f"-> {folder}" + (f", going on from step {first_step:,}" if first_step else ""))
 
@@ -380,8 +386,7 @@ def train(args, ranks, dtype):
         return 130
     with clock("evaluation"):
         ranks.wait()  # until the first process has written the last snapshot
-        examples = draw_examples(corpus, recipe.n_final_examples, recipe.whole)
-        examples = examples.to(args.device)
+        examples = final_examples.to(args.device)
 
         def measure_again(index):
             path = run.snapshot_path(int(run.records[index]["step"]))

@@ -278,7 +278,9 @@ def test_the_smeared_series_differs_from_its_controls_by_one_number_a_head():
     "change",
     [
         {"n_layers": 0}, {"d_head": -1}, {"n_heads": 1.5}, {"d_model": 33}, {"d_mlp": -4},
-        {"windows": (1,)}, {"windows": (0, 3)}, {"d_vocab": 0},
+        {"windows": (1,)}, {"windows": (0, 3)}, {"windows": ()}, {"windows": (2.5, 3)},
+        {"d_vocab": 0}, {"n_heads": 10**9, "windows": (1, 1)}, {"n_heads": 2**31}, {"smear": 1},
+        {"position_scale": float("inf")}, {"init_embed": 1e31}, {"init_value": 10**400},
     ],
     ids=str,
 )  # fmt: skip

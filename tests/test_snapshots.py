@@ -76,6 +76,15 @@ def test_a_snapshot_cut_short_is_not_opened(tmp_path, size):
     refuses(tmp_path / "a.pt", "damaged")
 
 
+def test_a_snapshot_with_one_wrong_bit_in_its_weights_is_not_opened(tmp_path):
+    path, model = tmp_path / "a.pt", make(SMALL)
+    save_snapshot(path, model, 0, 0, CORPUS)
+    content, weights = bytearray(path.read_bytes()), model.embed["W_E"].detach().numpy().tobytes()
+    content[content.index(weights) + 5] ^= 1
+    path.write_bytes(content)
+    refuses(path, "damaged")
+
+
 def test_foreign_files_are_not_opened(tmp_path):
     path = tmp_path / "a.pt"
     path.write_text("hello")
@@ -89,6 +98,13 @@ def test_foreign_files_are_not_opened(tmp_path):
 def change_config(**change):
     def spoil(content):
         content["config"] |= change
+
+    return spoil
+
+
+def change_about(**change):
+    def spoil(content):
+        content["about"] |= change
 
     return spoil
 
@@ -120,7 +136,13 @@ def claim_a_huge_weight(content):
     [
         change_config(n_layers=10**9), change_config(n_ctx=10**12), change_config(d_model=64),
         change_config(n_layers="3"), change_config(colour="red"), change_config(d_mlp=0),
-        change_config(windows=7), change_config(position_base="x"),
+        change_config(windows=7), change_config(position_base="x"), change_config(n_heads=10**9),
+        change_config(n_heads=2**31 - 1, d_head=2**31 - 1, d_model=2**15, n_ctx=1),
+        change_config(windows=torch.ones(1).expand(10**10)), change_config(smear=torch.ones(2)),
+        change_config(d_mlp=10**5000), change_config(position_scale=float("inf")),
+        change_config(init_value=torch.ones(3, 3)), change_config(colour={"a": "\n" * 1000}),
+        change_about(step=float("inf")), change_about(step=torch.ones(2)), change_about(step=-1),
+        change_about(tokens=10**5000), change_about(corpus=torch.ones(2)),
         drop_a_weight, reshape_a_weight, retype_a_weight, claim_a_huge_weight, hide_its_origin,
     ],
 )  # fmt: skip

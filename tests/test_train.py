@@ -148,6 +148,12 @@ def test_a_run_leaves_its_records(workplace, text_file, capsys):
     assert "1 layer" in out and str(run.name) in out.splitlines()[-1]
 
 
+def test_a_small_text_is_measured_at_the_end_on_all_that_it_holds_out(workplace, text_file):
+    held_out = open_corpus(str(text_file), PYTHON_1024).rows("val", 512)
+    assert train.main(flags(text_file, "--set", f"n_final_examples={held_out + 1}", steps=2)) == 0
+    assert json.loads(Path("run/summary.json").read_text())["examples"] == held_out
+
+
 @pytest.mark.skipif(not shutil.which("git"), reason="needs git")
 def test_a_commit_is_dirty_if_code_was_changed_but_not_if_results_were(tmp_path):
     assert commit_of(tmp_path) is None
@@ -288,6 +294,21 @@ def test_no_process_writes_into_the_folder_before_all_have_looked_at_it(tmp_path
     assert waited == [False] and (tmp_path / "run").exists()
 
 
+@pytest.mark.skipif(not records.fcntl, reason="needs locks")
+def test_only_one_process_trains_in_a_folder(workplace, text_file, capsys):
+    process = start(workplace, flags(text_file, steps=2000))
+    try:
+        wait_for(lambda: Path("run/state.pt").exists(), process)
+        assert train.main(flags(text_file, "--resume", steps=2000)) == 2
+        assert "another process is training in this folder" in one_line(capsys)
+    finally:
+        process.kill()
+        process.communicate()
+    torch.save({}, "run/state.pt")  # the lock is gone, so that it gets as far as this
+    assert train.main(flags(text_file, "--resume", steps=2000)) == 2
+    assert "state.pt: damaged" in one_line(capsys)
+
+
 def test_a_full_gpu_is_told_in_one_line(workplace, text_file, monkeypatch, capsys):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 ...")
@@ -417,6 +438,9 @@ def test_flags_change_the_recipe_in_what_they_name():
     changed = {"n_tokens": 5_000_000, "learning_rate": 1e-3, "n_snapshots": 40, "n_examples": 30}
     expected = dataclasses.replace(train.RECIPES["mini"], **changed, n_final_examples=30)
     assert train.training_recipe(args, n_ctx=512, world=1) == expected
+    args.settings = {"n_final_examples": 50}
+    expected = dataclasses.replace(expected, n_final_examples=50)
+    assert train.training_recipe(args, n_ctx=512, world=1) == expected
 
 
 def test_settings_change_what_they_name_in_model_and_recipe():
@@ -461,6 +485,9 @@ def test_settings_change_what_they_name_in_model_and_recipe():
         (["--set", "init_value=-1"], "init_value is -1.0"),
         (["--set", "whole=2"], "1 at most"),
         (["--set", "warmup_tokens=0"], "warmup_tokens is 0"),
+        (["--set", "n_final_examples=1"], "at least 2"),
+        (["--seed", "-1"], "--seed -1: a whole number from 0"),
+        (["--seed", str(2**63)], "a whole number from 0"),
         (["--snapshots", "2"], "at least 3"),
         (["--examples", "1"], "at least 2"),
         (["--examples", "1000000"], "holds out only"),
@@ -508,6 +535,12 @@ def test_an_existing_run_is_not_overwritten(workplace, text_file, capsys):
         (["--seed", "1"], "seed"),
         (["--lr", "1e-4"], "recipe"),
         (["--vocabulary", "other.tiktoken"], "corpus"),
+        (["--kernels", "reference"], "--kernels (torch then, reference now)"),
+        pytest.param(
+            ["--dtype", "float32"],
+            "--dtype",
+            marks=pytest.mark.skipif(not evaluate.has_amx(), reason="needs a CPU with AMX"),
+        ),
     ],
 )
 def test_resuming_with_other_flags_is_refused(workplace, text_file, capsys, change, fault):
@@ -527,14 +560,92 @@ def test_resuming_with_other_flags_is_refused(workplace, text_file, capsys, chan
     }
 
 
-def test_a_state_of_another_shape_is_refused(workplace, text_file, capsys):
+def put(value, *place):
+    """Spoils a state: its entry at that place is the value, or is missing."""
+
+    def spoil(state):
+        for name in place[:-1]:
+            state = state[name]
+        if value is None:
+            del state[place[-1]]
+        else:
+            state[place[-1]] = value
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        put(torch.zeros(7), "weights", "ln_final.w"),
+        put(7, "weights", "ln_final.w"),
+        put([7], "weights"),
+        put(torch.zeros(7), "optimizer", "state", 0, "exp_avg"),
+        put(torch.zeros(7).to_sparse(), "optimizer", "state", 0, "exp_avg_sq"),
+        put(None, "optimizer", "state", 3, "exp_avg_sq"),
+        put({}, "optimizer", "state"),
+        put(None, "optimizer"),
+        put(3, "step"),
+        put(-1, "step"),
+        put(torch.tensor([1, 2]), "step"),
+        put(2.0, "step"),
+        put(None, "seconds", "total"),
+        put(float("nan"), "seconds", "training"),
+        put(3, "seconds"),
+        put(10**400, "seconds", "total"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_and_nothing_lost(workplace, text_file, capsys, spoil):
     train.main(flags(text_file, steps=2))
     state = torch.load("run/state.pt", weights_only=True)
-    state["weights"]["ln_final.w"] = torch.zeros(7)
+    spoil(state)
     torch.save(state, "run/state.pt")
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     capsys.readouterr()
     assert train.main(flags(text_file, "--resume", steps=2)) == 2
-    assert "does not fit" in one_line(capsys)
+    assert "state.pt: damaged, or does not fit" in one_line(capsys)
+    after = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    assert before == after
+
+
+def test_a_run_that_does_not_tell_its_dtype_goes_on(workplace, text_file):
+    train.main(flags(text_file, steps=2))
+    made = json.loads(Path("run/run.json").read_text())
+    del made["machine"]["dtype"]
+    Path("run/run.json").write_text(json.dumps(made))
+    assert train.main(flags(text_file, "--dtype", "float32", "--resume", steps=2)) == 0
+
+
+def test_moments_that_share_their_memory_are_taken_apart(workplace, text_file):
+    train.main(flags(text_file, steps=2))
+    state = torch.load("run/state.pt", weights_only=True)
+    config = config_for("mini", 1, True, 1024)
+    model = Transformer(config)
+    optimizer = train.make_optimizer(model, RECIPES["mini"])
+    for moments in state["optimizer"]["state"].values():
+        moments["exp_avg"] = torch.ones(1).expand(moments["exp_avg"].shape)
+    state["optimizer"]["param_groups"][0]["weight_decay"] = 1e9
+    assert records.read_state(state, model, optimizer, Clock(), n_steps=2) == 2
+    assert all(s["exp_avg"].is_contiguous() for s in optimizer.state.values())
+    assert optimizer.param_groups[0]["weight_decay"] == RECIPES["mini"].weight_decay
+
+
+def test_a_run_without_its_state_is_not_overwritten(workplace, text_file, capsys):
+    train.main(flags(text_file, steps=2))
+    Path("run/state.pt").unlink()
+    before = losses("run")
+    capsys.readouterr()
+    assert train.main(flags(text_file, "--resume", steps=2)) == 2
+    assert "state.pt is missing" in one_line(capsys)
+    assert losses("run") == before
+
+
+def test_a_log_shorter_than_its_state_is_refused(workplace, text_file, capsys):
+    train.main(flags(text_file, steps=2))
+    Path("run/train.jsonl").write_text("")
+    capsys.readouterr()
+    assert train.main(flags(text_file, "--resume", steps=2)) == 2
+    assert "train.jsonl: damaged" in one_line(capsys)
 
 
 @pytest.mark.parametrize("name", ["state.pt", "measurements.npz", "run.json"])
@@ -567,6 +678,9 @@ def test_embeddings_and_vectors_learn_at_their_own_rate_and_only_matrices_decay(
             of_it = rate * (40 if name == "embed.W_E" or p.dim() == 1 else 1)
             expected = before[name] * (1 - of_it * decay * (p.dim() > 1)) - of_it
             torch.testing.assert_close(p.detach(), expected, rtol=1e-4, atol=1e-5, msg=name)
+    resumed = train.make_optimizer(model, recipe)  # after that step
+    train.update(resumed, parameters, torch.ones_like(gradient), recipe, step=2, tokens=200)
+    assert [group["weight_decay"] for group in resumed.param_groups] == [0.25, 0.25, 0]
 
 
 def test_a_dip_of_the_first_steps_is_not_announced_as_the_phase_change():
