@@ -8,6 +8,9 @@ A record holds, for one snapshot, the paper's quantities (see metrics.py): in-co
 score, loss by position, the per-token loss vector and three scores for each head. `train.py` has
 made one of each snapshot as it took it (measure.py); here more examples can be had.
 
+A run's records go to its evaluation.npz, which figures take before measurements.npz, training's
+own file; summary.json tells of them instead if they are of more examples than it told of before.
+
 Two columns of the table are controls. Prefix matching is attention to what followed the earlier
 copies of the present token; beside it stand the attention to the *earlier copy* itself and to the
 token *before it*, near 0 in a head that does nothing but induction.
@@ -280,8 +283,7 @@ def main(argv=None):
     add(
         "--out",
         type=Path,
-        help="file for the records (default: measurements.npz of a run, evaluation.npz with"
-        " --snapshots, none of a snapshot)",
+        help="file for the records (default: evaluation.npz of a run, none of a snapshot)",
     )
     args = parser.parse_args(argv)
     check_snapshots(args)
@@ -333,11 +335,11 @@ def evaluate_snapshot(args, ranks):
 
 
 def evaluate_run(args, ranks):
+    out = args.out or args.path / "evaluation.npz"
     if args.snapshots:
-        paths, _ = choose_snapshots(args.path, args.snapshots)
-        paths, out = list(paths.values()), args.out or args.path / "evaluation.npz"
+        paths = list(choose_snapshots(args.path, args.snapshots)[0].values())
     else:
-        paths, out = snapshots_of(args.path), args.out or args.path / "measurements.npz"
+        paths = snapshots_of(args.path)
     if ranks.is_first and out.exists():
         print(f"{out} will be replaced when all {len(paths)} snapshots are measured", flush=True)
     measure_file = prepare(args, load_snapshot(paths[0])[1]["corpus"], ranks)
@@ -356,11 +358,14 @@ def evaluate_run(args, ranks):
         print(f"{one_line(records[-1])}\n-> {out}")
         return
     summary = summarise(records, records.__getitem__)
-    if args.out is None and (args.path / "summary.json").exists():
-        summary = read_json(args.path / "summary.json") | summary
-        write_json(args.path / "summary.json", summary)
     print_heads(records[-1])
     print(conclusion(summary))
+    told = args.path / "summary.json"  # there once training is finished
+    if args.out is None and told.exists():
+        before = read_json(told)
+        if summary["examples"] > before.get("examples", 0):
+            write_json(told, before | summary)
+            out = f"{out}, {told}"
     print(f"-> {out}")
 
 
@@ -380,10 +385,11 @@ def choose_snapshots(run, n_wanted):
     its phase change starts and ends -> ({step: path}, the steps of those two, or ()).
     """
     paths = {step_of(path): path for path in snapshots_of(run)}
-    measurements = run / "measurements.npz"
-    if not measurements.exists():
+    # where training's own file is missing, a whole run's evaluation will do
+    found = [run / name for name in ("measurements.npz", "evaluation.npz") if (run / name).exists()]
+    if not found:
         raise BadInput(f"{run}: not measured yet: run python evaluate.py {run} first")
-    measured = [record for record in read_records(measurements) if int(record["step"]) in paths]
+    measured = [record for record in read_records(found[0]) if int(record["step"]) in paths]
     window = tuple(int(measured[n]["step"]) for n in find_phase_change(measured) or ())
     steps = list(paths)
     even = np.linspace(0, len(steps) - 1, min(n_wanted, len(steps))).round().astype(int)

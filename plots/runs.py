@@ -4,7 +4,7 @@ A run's folder in runs/, or its copy in results/, holds
 
     run.json, summary.json   what made it and what it shows (records.py)
     measurements.npz         every snapshot, as training measured it
-    evaluation.npz           some of them, on more examples (evaluate.py --snapshots)
+    evaluation.npz           all or some of them, on more examples (evaluate.py)
     ablations.npz, .json     what each head causes (ablate.py)
     circuits.json            what is read off the weights (circuits.py)
     tasks.json               literal copying, translation, pattern matching (tasks.py)

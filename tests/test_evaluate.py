@@ -317,9 +317,11 @@ def test_other_readings_of_copying_are_printed_too(run, text_file, model, exampl
 
 
 def test_a_run_is_measured_snapshot_by_snapshot(run, text_file, capsys):
+    (run / "measurements.npz").write_bytes(b"training's own")
     (run / "summary.json").write_text(json.dumps({"tokens": 500, "examples": 1, "loss": 0.0}))
     assert evaluate.main(command(run, text_file)) == 0
-    records = read_records(run / "measurements.npz")
+    assert (run / "measurements.npz").read_bytes() == b"training's own"
+    records = read_records(run / "evaluation.npz")
     assert [record["step"] for record in records] == [0, 5]
     assert len(records[0]["per_token_loss"]) == 4
     summary = json.loads((run / "summary.json").read_text())
@@ -327,8 +329,17 @@ def test_a_run_is_measured_snapshot_by_snapshot(run, text_file, capsys):
     assert summary["loss"] == pytest.approx(records[1]["loss"])
 
 
+def test_a_summary_of_as_many_examples_is_kept(run, text_file, capsys):
+    assert evaluate.main(command(run, text_file)) == 0
+    assert not (run / "summary.json").exists()  # training is not finished
+    (run / "summary.json").write_text('{"examples": 4}')
+    assert evaluate.main(command(run, text_file)) == 0
+    assert (run / "summary.json").read_text() == '{"examples": 4}'
+
+
 def test_some_snapshots_are_measured_beside_what_training_measured(run, text_file, capsys):
     assert evaluate.main(command(run, text_file)) == 0
+    (run / "evaluation.npz").rename(run / "measurements.npz")
     (run / "summary.json").write_text("{}")
     before = (run / "measurements.npz").read_bytes()
     extra = run / "snapshots" / "step_0000003.pt"
