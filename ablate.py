@@ -219,6 +219,8 @@ def take_up(setup, out, unfinished):
     about, settings = began.with_suffix(".json"), setup.settings()
     if began.exists() or about.exists():
         before = read_json(about).get("settings") if about.exists() else None
+        if before and "model" not in before:  # records made before models were told apart
+            before = {"model": settings["model"]} | before
         if before != settings:
             how = difference(before, settings) if before else "they are not told beside it"
             raise BadInput(

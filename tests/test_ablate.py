@@ -298,6 +298,19 @@ def test_records_made_otherwise_are_kept(run, command, capsys):
     assert (run / "ablations.npz").read_bytes() == before
 
 
+def test_records_of_another_model_are_not_taken_for_its_own(
+    run, command, corpus, text_file, capsys
+):
+    arguments = command(run, "--heads", "1:0", "--snapshots", "2")
+    assert ablate.main(arguments) == 0
+    about = json.loads((run / "ablations.json").read_text())
+    del about["settings"]["model"]  # as older records have it
+    (run / "ablations.json").write_text(json.dumps(about))
+    assert ablate.main(arguments) == 0  # which now tells it
+    save(run / "snapshots" / "step_0000240.pt", make(2), corpus, text_file, 240)
+    assert "other settings (model" in refused(capsys, arguments)
+
+
 def test_a_run_without_a_phase_change_has_no_before_and_after(run, command, capsys):
     records = read_records(run / "measurements.npz")
     write_records(run / "measurements.npz", [{**r, "icl_band_score": -0.1} for r in records])
