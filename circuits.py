@@ -52,7 +52,7 @@ from model import layer_norm_divisor
 from parallel import Cores, Ranks
 from plots.analysis import pearson, spearman
 from records import write_json
-from safety import ArgumentParser, one_line_errors
+from safety import ArgumentParser, check_out, one_line_errors
 from snapshots import load_snapshot
 
 
@@ -384,6 +384,7 @@ def main(argv=None):
     add("--out", type=Path, help="JSON file for the record (default: none)")
     args = parser.parse_args(argv)
     check_snapshots(args)
+    check_out(args.out, ".json")
     device = pick_device(args.device)
     is_run = args.path.is_dir()
     if args.snapshots:

@@ -30,7 +30,7 @@ from corpora import BUILT_IN, open_corpus
 from measure import N_CTX, copying_variants, draw_examples, measure
 from parallel import Cores, Ranks
 from records import read_json, read_records, write_json, write_records
-from safety import ArgumentParser, BadInput, one_line_errors
+from safety import ArgumentParser, BadInput, check_out, one_line_errors
 from snapshots import load_snapshot
 
 HEAD_SCORES = ("prefix_matching", "copying", "previous_token")
@@ -314,6 +314,7 @@ def check_snapshots(args):
 
 
 def evaluate_snapshot(args, ranks):
+    check_out(args.out, ".npz")
     measure_file = prepare(args, load_snapshot(args.path)[1]["corpus"], ranks)
     record = measure_file(args.path)
     if not ranks.is_first:
@@ -336,6 +337,7 @@ def evaluate_snapshot(args, ranks):
 
 def evaluate_run(args, ranks):
     out = args.out or args.path / "evaluation.npz"
+    check_out(out, ".npz")
     if args.snapshots:
         paths = list(choose_snapshots(args.path, args.snapshots)[0].values())
     else:

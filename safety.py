@@ -8,6 +8,8 @@ import os
 import sys
 from pathlib import Path
 
+OF_TRAINING = ("run.json", "measurements.npz", "summary.json")  # in the folder of a run
+
 
 class BadInput(Exception):
     """A flag, file or setting that cannot be used. The message says what is wrong and what to do
@@ -25,6 +27,26 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message):
         raise BadInput(f"{message} (--help lists the flags)")
+
+
+def check_out(path, suffix, *inputs):
+    """Refuses an --out before the work whose result it is to hold: one of another suffix, that
+    cannot be written, or over a file that is read: one of `inputs`, or training's records.
+    """
+    if path is None:
+        return
+    if path.suffix != suffix:
+        raise BadInput(f"--out {path}: the name has to end in {suffix}")
+    if not path.parent.is_dir():
+        raise BadInput(f"--out {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise BadInput(f"--out {path} is a folder: name a file in it")
+    if not os.access(path.parent, os.W_OK):
+        raise BadInput(f"--out {path}: no leave to write in {path.parent}: write elsewhere")
+    if path.name in OF_TRAINING:
+        raise BadInput(f"--out {path}: {path.name} is train.py's own: give it another name")
+    if path.exists() and any(Path(read).exists() and path.samefile(read) for read in inputs):
+        raise BadInput(f"--out {path} is what is read: give it another name")
 
 
 def one_line_errors(main, script=None):

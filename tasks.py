@@ -28,7 +28,7 @@ from measure import logit_effect
 from model import layer_norm_divisor
 from parallel import Ranks
 from records import write_json
-from safety import ArgumentParser, one_line_errors
+from safety import ArgumentParser, check_out, one_line_errors
 from snapshots import load_snapshot
 from vocabulary import load_vocabulary
 
@@ -407,6 +407,7 @@ def main(argv=None):
     add_corpus_flags(add)
     add("--out", type=Path, help="JSON file for the record (default: none)")
     args = parser.parse_args(argv)
+    check_out(args.out, ".json")
     device = pick_device(args.device)
     corpus = corpus_of(args, load_snapshot(args.path)[1]["corpus"], Ranks(device))
     model, about = load_fitting(args.path, corpus)
