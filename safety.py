@@ -10,6 +10,8 @@ from pathlib import Path
 
 OF_TRAINING = ("run.json", "measurements.npz", "summary.json")  # in the folder of a run
 
+NO_MEMORY = ("allocate memory", "not enough memory")  # how torch says it of a CPU's
+
 
 class BadInput(Exception):
     """A flag, file or setting that cannot be used. The message says what is wrong and what to do
@@ -51,8 +53,8 @@ def check_out(path, suffix, *inputs):
 
 def one_line_errors(main, script=None):
     """Decorates a script's `main(argv) -> exit code`. `BadInput`, failures of the file system
-    (missing, not writable, full) and a full GPU print one line and return 2; anything else is a
-    bug and keeps its traceback.
+    (missing, not writable, full) and full memory print one line and return 2, control-C returns
+    130; anything else is a bug and keeps its traceback.
     """
     script = script or Path(main.__code__.co_filename).name
 
@@ -62,13 +64,17 @@ def one_line_errors(main, script=None):
             return main(argv) or 0
         except (BadInput, OSError) as error:
             what = str(error)
-        except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":  # torch's; plots do without torch
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            return 130
+        except (MemoryError, RuntimeError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            if type(error).__name__ == "OutOfMemoryError":  # torch's; plots do without torch
+                what = f"the GPU's memory is full: take a smaller model or a larger GPU ({reason})"
+            elif isinstance(error, MemoryError) or any(told in reason for told in NO_MEMORY):
+                what = f"memory is full: take fewer examples or a smaller model ({reason})"
+            else:
                 raise
-            what = (
-                "the GPU's memory is full: take a smaller model or a larger GPU"
-                f" ({str(error).splitlines()[0]})"
-            )
         print(f"{script}: error: {what}", file=sys.stderr)
         return 2
 
@@ -77,13 +83,15 @@ def one_line_errors(main, script=None):
 
 def write_whole(path, write):
     """Calls `write(temporary path)` and moves the result to `path`: a reader, or a crash, sees the
-    old file or the new one.
+    old file or the new one. What the file system refuses is said of `path`.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".partial")
     try:
         write(temporary)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, temporary, str(temporary)):
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
         raise
