@@ -163,8 +163,7 @@ class Ablations:
             parts += self.cores(of_chunk, *chunk)
             progress(sum(map(len, parts)), len(rows[0]))
         losses = gather_losses(parts, self.ranks).cpu().transpose(0, 1)
-        if not losses.isfinite().all():
-            raise BadInput("losses that are not numbers: this model's training has diverged")
+        evaluate.check_losses(losses)
         return losses
 
     def means(self, model, inputs):

@@ -407,6 +407,8 @@ def prepare(args, trained_on, ranks):
     def measure_file(path):
         model, about = load_fitting(path, corpus, args.kernels)
         record = measure(model.to(args.device), examples, cores, ranks)
+        for name in ("loss", "per_token_loss"):
+            check_losses(record[name], path)
         if args.copying_variants:
             record |= copying_variants(model, examples)
         return {"step": about["step"], "tokens": about["tokens"], **record}
@@ -445,6 +447,12 @@ def load_fitting(path, corpus, kernels="torch"):
     if not all(weight.isfinite().all() for weight in model.parameters()):
         raise BadInput(f"{path}: some of its weights are not numbers: its training diverged")
     return model, about
+
+
+def check_losses(losses, path="this model"):
+    """Refuses what a model gives whose weights are numbers, but too large ones."""
+    if not torch.as_tensor(losses).isfinite().all():
+        raise BadInput(f"losses that are not numbers: the training of {path} has diverged")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluate import add_corpus_flags, corpus_of, load_fitting, pick_device
+from evaluate import add_corpus_flags, check_losses, corpus_of, load_fitting, pick_device
 from measure import logit_effect
 from model import layer_norm_divisor
 from parallel import Ranks
@@ -357,6 +357,7 @@ def token_losses(model, tokens):
     """Loss of token i at [i], nats; nan at [0], which nothing predicts."""
     tokens = tokens[None].to(model.positions.device)
     losses = model.losses(tokens[:, :-1], tokens[:, 1:])[0].float().cpu()
+    check_losses(losses)
     return torch.cat([torch.full((1,), torch.nan), losses])
 
 

@@ -389,6 +389,13 @@ def test_bad_input_is_one_line(run, text_file, tmp_path, capsys):
     assert "train.py's own" in refused(capsys, command(run, text_file, *out))
     assert "invalid int" in refused(capsys, command(snapshot, text_file, "--examples", "all"))
     assert "run on a GPU" in refused(capsys, command(snapshot, text_file, "--kernels", "triton"))
+    model, about = load_snapshot(snapshot)
+    with torch.no_grad():
+        model.unembed["W_U"].fill_(3e38)
+    save_snapshot(snapshot, model, 5, 500, about["corpus"])
+    error = refused(capsys, command(run, text_file))
+    assert "losses that are not numbers" in error and snapshot.name in error
+    assert not (run / "evaluation.npz").exists()
     snapshot.write_bytes(snapshot.read_bytes()[:-1000])
     assert "damaged" in refused(capsys, command(snapshot, text_file))
 
