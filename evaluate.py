@@ -18,6 +18,7 @@ token *before it*, near 0 in a head that does nothing but induction.
 
 import contextlib
 import importlib.util
+import re
 import sys
 import time
 from pathlib import Path
@@ -29,8 +30,8 @@ import metrics
 from corpora import BUILT_IN, open_corpus
 from measure import N_CTX, copying_variants, draw_examples, measure
 from parallel import Cores, Ranks
-from records import read_json, read_records, write_json, write_records
-from safety import ArgumentParser, BadInput, check_out, one_line_errors
+from records import read_records, write_json, write_records
+from safety import ArgumentParser, BadInput, check_out, one_line_errors, read_json
 from snapshots import load_snapshot
 
 HEAD_SCORES = ("prefix_matching", "copying", "previous_token")
@@ -372,7 +373,8 @@ def evaluate_run(args, ranks):
 
 
 def snapshots_of(run):
-    paths = sorted((run / "snapshots").glob("step_*.pt"))
+    files = (run / "snapshots").glob("step_*.pt")
+    paths = sorted(path for path in files if re.fullmatch(r"step_\d+", path.stem))
     if not paths:
         raise BadInput(f"{run}: no snapshots in this folder")
     return paths

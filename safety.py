@@ -4,6 +4,7 @@ or not at all.
 
 import argparse
 import functools
+import json
 import os
 import sys
 from pathlib import Path
@@ -79,6 +80,28 @@ def one_line_errors(main, script=None):
         return 2
 
     return wrapped
+
+
+class Named(dict):
+    """What a file of records holds by name; what it lacks is BadInput."""
+
+    def __init__(self, path, content):
+        super().__init__(content)
+        self.path = path
+
+    def __missing__(self, name):
+        raise BadInput(f"{self.path}: damaged records: there is no {name!r} in them")
+
+
+def read_json(path):
+    """The JSON object in a file, every object in it `Named`."""
+    try:
+        content = json.loads(path.read_text(), object_hook=lambda found: Named(path, found))
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: damaged ({error})") from None
+    if not isinstance(content, Named):
+        raise BadInput(f"{path}: damaged records: a {type(content).__name__}, not named values")
+    return content
 
 
 def write_whole(path, write):

@@ -342,6 +342,7 @@ def test_some_snapshots_are_measured_beside_what_training_measured(run, text_fil
     (run / "evaluation.npz").rename(run / "measurements.npz")
     (run / "summary.json").write_text("{}")
     before = (run / "measurements.npz").read_bytes()
+    (run / "snapshots" / "step_best.pt").write_text("not train.py's")
     extra = run / "snapshots" / "step_0000003.pt"
     extra.write_bytes((run / "snapshots" / "step_0000005.pt").read_bytes())
     assert evaluate.main(command(run, text_file, "--snapshots", "2")) == 0

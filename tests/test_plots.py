@@ -125,10 +125,23 @@ def test_the_script_writes_a_picture_and_imports_no_torch(runs, tmp_path):
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
 
 
+def save_as_npy(path):
+    with path.open("wb") as file:
+        np.save(file, np.arange(3))
+
+
 @pytest.mark.parametrize("name", ["measurements.npz", "run.json", "summary.json"])
 def test_missing_and_damaged_records_are_one_line(runs, tmp_path, capsys, name):
     for spoil, fault in (
         (lambda path: path.write_bytes(b"{"), "damaged"),
+        (lambda path: path.write_bytes(b""), "damaged"),
+        (lambda path: path.write_text("[3]"), "damaged"),
+        (lambda path: path.write_text("[" * 99999), "damaged"),
+        (lambda path: path.write_text("{}"), "damaged"),
+        (lambda path: save_as_npy(path), "damaged"),
+        (lambda path: np.savez(path.open("wb"), step=np.arange(3)), "damaged"),
+        (lambda path: np.savez(path.open("wb"), tokens=np.arange(3), loss=np.ones(2)), "damaged"),
+        (lambda path: np.savez(path.open("wb"), tokens=np.arange(3)), "damaged"),
         (Path.unlink, "missing"),
     ):
         spoil(runs[0] / name)
