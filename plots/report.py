@@ -92,8 +92,8 @@ def shrink(path, width):
     try:
         with Image.open(path) as file:
             image = file.convert("RGB")
-    except OSError:
-        raise BadInput(f"{path}: not a picture, or damaged: draw it again") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # PIL's refusals
+        raise BadInput(f"{path}: not a picture, damaged or too large: draw it again") from None
     if image.width > width:
         image = image.resize((width, round(image.height * width / image.width)), Image.LANCZOS)
     small = io.BytesIO()
