@@ -51,7 +51,12 @@ class Run:
     def evaluation(self):
         """The measurements on more examples; those of training where there are no others."""
         path = self.folder / "evaluation.npz"
-        return read_snapshots(path) if path.exists() else self.measurements
+        if not path.exists():
+            return self.measurements
+        found = read_snapshots(path)
+        if found["tokens"][-1] < self.measurements["tokens"][-1]:
+            raise BadInput(f"{path}: training has gone on since: run evaluate.py again")
+        return found
 
     @functools.cached_property
     def ablations(self):

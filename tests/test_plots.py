@@ -14,6 +14,7 @@ from plots import panels, phase_change, style
 from plots import runs as runs_of
 from plots.context import fitted_lines
 from plots.runs import load_run
+from safety import BadInput
 
 ROOT = Path(__file__).parent.parent
 
@@ -149,6 +150,13 @@ def test_missing_and_damaged_records_are_one_line(runs, tmp_path, capsys, name):
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and fault in error
     assert not (tmp_path / "f.png").exists()
+
+
+def test_an_evaluation_of_half_a_training_is_not_its_end(runs):
+    with np.load(runs[0] / "measurements.npz") as arrays:
+        np.savez(runs[0] / "evaluation.npz", **{name: x[:20] for name, x in arrays.items()})
+    with pytest.raises(BadInput, match="run evaluate.py again"):
+        load_run(runs[0]).evaluation  # noqa: B018
 
 
 def test_only_pictures_are_written(runs, tmp_path, capsys):
