@@ -33,8 +33,8 @@ from measure import N_CTX
 from parallel import Ranks
 from plots.analysis import positive_share
 from progress import PROGRESS_SECONDS
-from records import difference, read_json, read_records, write_json, write_records
-from safety import ArgumentParser, BadInput, one_line_errors
+from records import difference, read_records, write_json, write_records
+from safety import ArgumentParser, BadInput, check_out, one_line_errors, read_json
 
 SNAPSHOTS = 25  # of a run that are ablated, unless told otherwise
 
@@ -99,12 +99,10 @@ def check_flags(args):
     if args.substitute and is_run:
         raise BadInput(f"--substitute takes one snapshot, and {args.path} is a folder")
     evaluate.check_snapshots(args)
-    suffix = ".json" if args.substitute else ".npz"
-    if args.out and args.out.suffix != suffix:
-        raise BadInput(f"--out {args.out}: the name has to end in {suffix}")
-    if args.out and not args.out.parent.is_dir():
-        raise BadInput(f"--out {args.out}: there is no folder {args.out.parent}")
-    for file in (args.out, args.out.with_suffix(".json")) if args.out and not is_run else ():
+    check_out(args.out, ".json" if args.substitute else ".npz")
+    beside = args.out and args.out.with_suffix(".json")
+    check_out(beside, ".json")
+    for file in (args.out, beside) if args.out and not is_run else ():
         if file.exists():
             raise BadInput(f"{file} exists: give --out another name")
 
@@ -219,6 +217,8 @@ def take_up(setup, out, unfinished):
     about, settings = began.with_suffix(".json"), setup.settings()
     if began.exists() or about.exists():
         before = read_json(about).get("settings") if about.exists() else None
+        if before and "model" not in before:  # records made before models were told apart
+            before = {"model": settings["model"]} | before
         if before != settings:
             how = difference(before, settings) if before else "they are not told beside it"
             raise BadInput(

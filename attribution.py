@@ -3,6 +3,9 @@
 `ablate.py` makes records with this; the definitions are in metrics.py, the computation in sweep.py.
 """
 
+import hashlib
+from pathlib import Path
+
 import numpy as np
 import torch
 
@@ -37,6 +40,7 @@ class Ablations:
         self.corpus = evaluate.corpus_of(args, load_snapshot(path)[1]["corpus"], ranks)
         self.examples = draw_examples(self.corpus, args.examples).to(args.device)
         model, _ = self.load(path)
+        self.weights = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
         self.table = evaluate.heads_table(head_scores(model, self.examples, self.cores))
         self.sets = name_sets(self.table, args.heads)
         # the bands, which hold the paper's two positions, and each example's own
@@ -52,6 +56,7 @@ class Ablations:
         """All that decides a snapshot's record."""
         args = self.args
         return {
+            "model": self.weights,
             "corpus": self.corpus.sha256,
             "examples": args.examples,
             "patterns": "changing" if args.full else "preserved",
@@ -158,8 +163,7 @@ class Ablations:
             parts += self.cores(of_chunk, *chunk)
             progress(sum(map(len, parts)), len(rows[0]))
         losses = gather_losses(parts, self.ranks).cpu().transpose(0, 1)
-        if not losses.isfinite().all():
-            raise BadInput("losses that are not numbers: this model's training has diverged")
+        evaluate.check_losses(losses)
         return losses
 
     def means(self, model, inputs):

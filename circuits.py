@@ -52,7 +52,7 @@ from model import layer_norm_divisor
 from parallel import Cores, Ranks
 from plots.analysis import pearson, spearman
 from records import write_json
-from safety import ArgumentParser, one_line_errors
+from safety import ArgumentParser, BadInput, check_out, one_line_errors
 from snapshots import load_snapshot
 
 
@@ -83,7 +83,10 @@ def read_text(model, text):
             spread.append(layer_norm_divisor(value).mean())
 
     model.residual(text, hook)
-    return Reading(torch.stack(own), torch.stack(previous), torch.stack(spread))
+    spread = torch.stack(spread)
+    if not spread.isfinite().all():  # they have no eigenvalues
+        raise BadInput("activations that are not numbers: the training of this model has diverged")
+    return Reading(torch.stack(own), torch.stack(previous), spread)
 
 
 def _normalised(layer_norm, part, divisor):
@@ -384,6 +387,7 @@ def main(argv=None):
     add("--out", type=Path, help="JSON file for the record (default: none)")
     args = parser.parse_args(argv)
     check_snapshots(args)
+    check_out(args.out, ".json")
     device = pick_device(args.device)
     is_run = args.path.is_dir()
     if args.snapshots:

@@ -8,6 +8,9 @@ A record holds, for one snapshot, the paper's quantities (see metrics.py): in-co
 score, loss by position, the per-token loss vector and three scores for each head. `train.py` has
 made one of each snapshot as it took it (measure.py); here more examples can be had.
 
+A run's records go to its evaluation.npz, which figures take before measurements.npz, training's
+own file; summary.json tells of them instead if they are of more examples than it told of before.
+
 Two columns of the table are controls. Prefix matching is attention to what followed the earlier
 copies of the present token; beside it stand the attention to the *earlier copy* itself and to the
 token *before it*, near 0 in a head that does nothing but induction.
@@ -15,6 +18,7 @@ token *before it*, near 0 in a head that does nothing but induction.
 
 import contextlib
 import importlib.util
+import re
 import sys
 import time
 from pathlib import Path
@@ -26,8 +30,8 @@ import metrics
 from corpora import BUILT_IN, open_corpus
 from measure import N_CTX, copying_variants, draw_examples, measure
 from parallel import Cores, Ranks
-from records import read_json, read_records, write_json, write_records
-from safety import ArgumentParser, BadInput, one_line_errors
+from records import read_records, write_json, write_records
+from safety import ArgumentParser, BadInput, check_out, one_line_errors, read_json
 from snapshots import load_snapshot
 
 HEAD_SCORES = ("prefix_matching", "copying", "previous_token")
@@ -280,8 +284,7 @@ def main(argv=None):
     add(
         "--out",
         type=Path,
-        help="file for the records (default: measurements.npz of a run, evaluation.npz with"
-        " --snapshots, none of a snapshot)",
+        help="file for the records (default: evaluation.npz of a run, none of a snapshot)",
     )
     args = parser.parse_args(argv)
     check_snapshots(args)
@@ -312,6 +315,7 @@ def check_snapshots(args):
 
 
 def evaluate_snapshot(args, ranks):
+    check_out(args.out, ".npz")
     measure_file = prepare(args, load_snapshot(args.path)[1]["corpus"], ranks)
     record = measure_file(args.path)
     if not ranks.is_first:
@@ -333,11 +337,12 @@ def evaluate_snapshot(args, ranks):
 
 
 def evaluate_run(args, ranks):
+    out = args.out or args.path / "evaluation.npz"
+    check_out(out, ".npz")
     if args.snapshots:
-        paths, _ = choose_snapshots(args.path, args.snapshots)
-        paths, out = list(paths.values()), args.out or args.path / "evaluation.npz"
+        paths = list(choose_snapshots(args.path, args.snapshots)[0].values())
     else:
-        paths, out = snapshots_of(args.path), args.out or args.path / "measurements.npz"
+        paths = snapshots_of(args.path)
     if ranks.is_first and out.exists():
         print(f"{out} will be replaced when all {len(paths)} snapshots are measured", flush=True)
     measure_file = prepare(args, load_snapshot(paths[0])[1]["corpus"], ranks)
@@ -356,16 +361,20 @@ def evaluate_run(args, ranks):
         print(f"{one_line(records[-1])}\n-> {out}")
         return
     summary = summarise(records, records.__getitem__)
-    if args.out is None and (args.path / "summary.json").exists():
-        summary = read_json(args.path / "summary.json") | summary
-        write_json(args.path / "summary.json", summary)
     print_heads(records[-1])
     print(conclusion(summary))
+    told = args.path / "summary.json"  # there once training is finished
+    if args.out is None and told.exists():
+        before = read_json(told)
+        if summary["examples"] > before.get("examples", 0):
+            write_json(told, before | summary)
+            out = f"{out}, {told}"
     print(f"-> {out}")
 
 
 def snapshots_of(run):
-    paths = sorted((run / "snapshots").glob("step_*.pt"))
+    files = (run / "snapshots").glob("step_*.pt")
+    paths = sorted(path for path in files if re.fullmatch(r"step_\d+", path.stem))
     if not paths:
         raise BadInput(f"{run}: no snapshots in this folder")
     return paths
@@ -380,10 +389,11 @@ def choose_snapshots(run, n_wanted):
     its phase change starts and ends -> ({step: path}, the steps of those two, or ()).
     """
     paths = {step_of(path): path for path in snapshots_of(run)}
-    measurements = run / "measurements.npz"
-    if not measurements.exists():
+    # where training's own file is missing, a whole run's evaluation will do
+    found = [run / name for name in ("measurements.npz", "evaluation.npz") if (run / name).exists()]
+    if not found:
         raise BadInput(f"{run}: not measured yet: run python evaluate.py {run} first")
-    measured = [record for record in read_records(measurements) if int(record["step"]) in paths]
+    measured = [record for record in read_records(found[0]) if int(record["step"]) in paths]
     window = tuple(int(measured[n]["step"]) for n in find_phase_change(measured) or ())
     steps = list(paths)
     even = np.linspace(0, len(steps) - 1, min(n_wanted, len(steps))).round().astype(int)
@@ -399,6 +409,8 @@ def prepare(args, trained_on, ranks):
     def measure_file(path):
         model, about = load_fitting(path, corpus, args.kernels)
         record = measure(model.to(args.device), examples, cores, ranks)
+        for name in ("loss", "per_token_loss"):
+            check_losses(record[name], path)
         if args.copying_variants:
             record |= copying_variants(model, examples)
         return {"step": about["step"], "tokens": about["tokens"], **record}
@@ -437,6 +449,12 @@ def load_fitting(path, corpus, kernels="torch"):
     if not all(weight.isfinite().all() for weight in model.parameters()):
         raise BadInput(f"{path}: some of its weights are not numbers: its training diverged")
     return model, about
+
+
+def check_losses(losses, path="this model"):
+    """Refuses what a model gives whose weights are numbers, but too large ones."""
+    if not torch.as_tensor(losses).isfinite().all():
+        raise BadInput(f"losses that are not numbers: the training of {path} has diverged")
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ import torch
 
 from evaluate import add_corpus_flags, corpus_of, load_fitting, pick_device, snapshots_of, step_of
 from parallel import Ranks
-from records import read_json, stack, write_arrays
-from safety import ArgumentParser, BadInput, one_line_errors
+from records import stack, write_arrays
+from safety import ArgumentParser, BadInput, one_line_errors, read_json
 from snapshots import load_snapshot
 from tasks import PASSAGES, Text, literal_copying, logit_attribution, token_losses, word_places
 from vocabulary import load_vocabulary

@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from safety import ArgumentParser, BadInput, one_line_errors, write_whole
+from safety import ArgumentParser, BadInput, one_line_errors, read_json, write_whole
 
 ROOT = Path(__file__).parent
 
@@ -288,11 +288,30 @@ def copy_records(step, runs, results):
 
 
 class Schedule:
-    """Carries steps out unless they are done, and tells how long the others will take."""
+    """Carries steps out unless they are done, and tells how long the others will take.
+
+    Beside the times, in commands.json, is the command that made each file.
+    """
 
     def __init__(self, steps, path):
-        self.steps, self.path = steps, path
-        self.times = json.loads(path.read_text()) if path.exists() else {}
+        self.steps, self.path, self.made_by_path = steps, path, path.with_name("commands.json")
+        self.times, self.made_by = (
+            read_json(path) if path.exists() else {} for path in (path, self.made_by_path)
+        )
+
+    def check(self):
+        """Refuses to take what another command has made, of other texts say, for what a step would
+        make. Pictures are made of the records that are there, whichever those are.
+        """
+        for step in self.steps:
+            for output in step.outputs if step.done() and not step.reads else ():
+                before = self.made_by.get(str(output), step.command)  # older runs do not tell
+                if before != step.command:
+                    raise BadInput(
+                        f"{output} was made by another command, python {before}: give the same"
+                        f" --data, --vocabulary and --second-corpus, or move {self.path.parent} and"
+                        " its results away"
+                    )
 
     def carry_out(self, step):
         if step.done():
@@ -309,10 +328,11 @@ class Schedule:
         finally:
             spent = self.times.get(step.command, 0) + time.time() - began
             self.times[step.command] = round(spent, 1)
-            text = json.dumps(self.times, indent=1) + "\n"
-            write_whole(self.path, lambda path: path.write_text(text))
+            write_json(self.path, self.times)
         if code:
             raise subprocess.CalledProcessError(code, f"python {step.command}")
+        self.made_by |= {str(output): step.command for output in step.outputs}
+        write_json(self.made_by_path, self.made_by)
 
     def seconds(self, left):
         """To expect for the steps that are left: their own estimates, corrected by what the
@@ -328,6 +348,11 @@ class Schedule:
             step.seconds * (pace([s for s in done if s.script == step.script]) or pace(done) or 1)
             for step in left
         )
+
+
+def write_json(path, content):
+    text = json.dumps(content, indent=1) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text))
 
 
 def duration(seconds):
@@ -358,6 +383,7 @@ def main(argv=None):
     (results / "figures").mkdir(parents=True, exist_ok=True)
     steps = [*measurements(args, scale, chosen), *drawings(args, scale, chosen)]
     schedule = Schedule(steps, runs / "times.json")
+    schedule.check()
     # end the command that runs, as control-C does; Windows has no SIGHUP
     for ending in signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM):
         if signal.getsignal(ending) is not signal.SIG_IGN:  # as under nohup

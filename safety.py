@@ -4,9 +4,14 @@ or not at all.
 
 import argparse
 import functools
+import json
 import os
 import sys
 from pathlib import Path
+
+OF_TRAINING = ("run.json", "measurements.npz", "summary.json")  # in the folder of a run
+
+NO_MEMORY = ("allocate memory", "not enough memory")  # how torch says it of a CPU's
 
 
 class BadInput(Exception):
@@ -27,10 +32,30 @@ class ArgumentParser(argparse.ArgumentParser):
         raise BadInput(f"{message} (--help lists the flags)")
 
 
+def check_out(path, suffix, *inputs):
+    """Refuses an --out before the work whose result it is to hold: one of another suffix, that
+    cannot be written, or over a file that is read: one of `inputs`, or training's records.
+    """
+    if path is None:
+        return
+    if path.suffix != suffix:
+        raise BadInput(f"--out {path}: the name has to end in {suffix}")
+    if not path.parent.is_dir():
+        raise BadInput(f"--out {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise BadInput(f"--out {path} is a folder: name a file in it")
+    if not os.access(path.parent, os.W_OK):
+        raise BadInput(f"--out {path}: no leave to write in {path.parent}: write elsewhere")
+    if path.name in OF_TRAINING:
+        raise BadInput(f"--out {path}: {path.name} is train.py's own: give it another name")
+    if path.exists() and any(Path(read).exists() and path.samefile(read) for read in inputs):
+        raise BadInput(f"--out {path} is what is read: give it another name")
+
+
 def one_line_errors(main, script=None):
     """Decorates a script's `main(argv) -> exit code`. `BadInput`, failures of the file system
-    (missing, not writable, full) and a full GPU print one line and return 2; anything else is a
-    bug and keeps its traceback.
+    (missing, not writable, full) and full memory print one line and return 2, control-C returns
+    130; anything else is a bug and keeps its traceback.
     """
     script = script or Path(main.__code__.co_filename).name
 
@@ -40,28 +65,56 @@ def one_line_errors(main, script=None):
             return main(argv) or 0
         except (BadInput, OSError) as error:
             what = str(error)
-        except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":  # torch's; plots do without torch
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            return 130
+        except (MemoryError, RuntimeError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            if type(error).__name__ == "OutOfMemoryError":  # torch's; plots do without torch
+                what = f"the GPU's memory is full: take a smaller model or a larger GPU ({reason})"
+            elif isinstance(error, MemoryError) or any(told in reason for told in NO_MEMORY):
+                what = f"memory is full: take fewer examples or a smaller model ({reason})"
+            else:
                 raise
-            what = (
-                "the GPU's memory is full: take a smaller model or a larger GPU"
-                f" ({str(error).splitlines()[0]})"
-            )
         print(f"{script}: error: {what}", file=sys.stderr)
         return 2
 
     return wrapped
 
 
+class Named(dict):
+    """What a file of records holds by name; what it lacks is BadInput."""
+
+    def __init__(self, path, content):
+        super().__init__(content)
+        self.path = path
+
+    def __missing__(self, name):
+        raise BadInput(f"{self.path}: damaged records: there is no {name!r} in them")
+
+
+def read_json(path):
+    """The JSON object in a file, every object in it `Named`."""
+    try:
+        content = json.loads(path.read_text(), object_hook=lambda found: Named(path, found))
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: damaged ({error})") from None
+    if not isinstance(content, Named):
+        raise BadInput(f"{path}: damaged records: a {type(content).__name__}, not named values")
+    return content
+
+
 def write_whole(path, write):
     """Calls `write(temporary path)` and moves the result to `path`: a reader, or a crash, sees the
-    old file or the new one.
+    old file or the new one. What the file system refuses is said of `path`.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".partial")
     try:
         write(temporary)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, temporary, str(temporary)):
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
         raise

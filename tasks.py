@@ -23,12 +23,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluate import add_corpus_flags, corpus_of, load_fitting, pick_device
+from evaluate import add_corpus_flags, check_losses, corpus_of, load_fitting, pick_device
 from measure import logit_effect
 from model import layer_norm_divisor
 from parallel import Ranks
 from records import write_json
-from safety import ArgumentParser, one_line_errors
+from safety import ArgumentParser, check_out, one_line_errors
 from snapshots import load_snapshot
 from vocabulary import load_vocabulary
 
@@ -357,6 +357,7 @@ def token_losses(model, tokens):
     """Loss of token i at [i], nats; nan at [0], which nothing predicts."""
     tokens = tokens[None].to(model.positions.device)
     losses = model.losses(tokens[:, :-1], tokens[:, 1:])[0].float().cpu()
+    check_losses(losses)
     return torch.cat([torch.full((1,), torch.nan), losses])
 
 
@@ -407,6 +408,7 @@ def main(argv=None):
     add_corpus_flags(add)
     add("--out", type=Path, help="JSON file for the record (default: none)")
     args = parser.parse_args(argv)
+    check_out(args.out, ".json")
     device = pick_device(args.device)
     corpus = corpus_of(args, load_snapshot(args.path)[1]["corpus"], Ranks(device))
     model, about = load_fitting(args.path, corpus)

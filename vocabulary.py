@@ -22,7 +22,7 @@ import tiktoken
 from tiktoken.load import load_tiktoken_bpe
 from tiktoken_ext.openai_public import r50k_pat_str as GPT2_PATTERN
 
-from safety import ArgumentParser, BadInput, one_line_errors, write_whole
+from safety import ArgumentParser, BadInput, check_out, one_line_errors, write_whole
 
 END_OF_TEXT = "<|endoftext|>"
 PYTHON_1024 = str(Path(__file__).parent / "vocabularies" / "python-1024.tiktoken")
@@ -141,6 +141,7 @@ def main(argv=None):
         raise BadInput(
             f"--size {args.size}: must be 257 to 65536 (the 256 bytes, <|endoftext|>, and merges)"
         )
+    check_out(args.out, ".tiktoken", args.data)
     words = collections.Counter()
     split = regex.compile(GPT2_PATTERN)
     for held_out, text in documents_of(args.data):

@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 from plots.runs import load_all
 from plots.tables import claims_table
 from plots.text import spell
-from safety import ArgumentParser, BadInput, one_line_errors, write_whole
+from safety import ArgumentParser, BadInput, check_out, one_line_errors, write_whole
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 LIMIT = 5_000_000  # bytes of the page
@@ -92,8 +92,8 @@ def shrink(path, width):
     try:
         with Image.open(path) as file:
             image = file.convert("RGB")
-    except OSError:
-        raise BadInput(f"{path}: not a picture, or damaged: draw it again") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # PIL's refusals
+        raise BadInput(f"{path}: not a picture, damaged or too large: draw it again") from None
     if image.width > width:
         image = image.resize((width, round(image.height * width / image.width)), Image.LANCZOS)
     small = io.BytesIO()
@@ -215,6 +215,7 @@ def main(argv=None):
     add("folder", type=Path, help="of runs, with their figures in figures/")
     add("--out", type=Path, default="report.html", help="the page to write (default: report.html)")
     args = parser.parse_args(argv)
+    check_out(args.out, ".html")
     content = page(args.folder)
     write_whole(args.out, lambda path: path.write_text(content, encoding="utf-8"))
     print(f"-> {args.out}, {args.out.stat().st_size / 1e6:.1f} MB")

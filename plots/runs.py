@@ -4,7 +4,7 @@ A run's folder in runs/, or its copy in results/, holds
 
     run.json, summary.json   what made it and what it shows (records.py)
     measurements.npz         every snapshot, as training measured it
-    evaluation.npz           some of them, on more examples (evaluate.py --snapshots)
+    evaluation.npz           all or some of them, on more examples (evaluate.py)
     ablations.npz, .json     what each head causes (ablate.py)
     circuits.json            what is read off the weights (circuits.py)
     tasks.json               literal copying, translation, pattern matching (tasks.py)
@@ -16,13 +16,12 @@ The first two lines are there after training; of the others a figure says which 
 
 import dataclasses
 import functools
-import json
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
-from safety import BadInput
+import safety
+from safety import BadInput, Named
 
 # what a run of each scale has unless its flags say otherwise: others belong to the width sweep
 WIDTHS = {"mini": 128, "small": 768, "paper": 768}
@@ -52,11 +51,16 @@ class Run:
     def evaluation(self):
         """The measurements on more examples; those of training where there are no others."""
         path = self.folder / "evaluation.npz"
-        return read_arrays(path) if path.exists() else self.measurements
+        if not path.exists():
+            return self.measurements
+        found = read_snapshots(path)
+        if found["tokens"][-1] < self.measurements["tokens"][-1]:
+            raise BadInput(f"{path}: training has gone on since: run evaluate.py again")
+        return found
 
     @functools.cached_property
     def ablations(self):
-        return read_arrays(self.folder / "ablations.npz")
+        return read_snapshots(self.folder / "ablations.npz")
 
     @functools.cached_property
     def ablated_heads(self):
@@ -143,7 +147,7 @@ class Run:
 def load_run(folder):
     """The records in a run's folder; BadInput if they are missing or damaged."""
     made, summary = (read_json(folder / name) for name in ("run.json", "summary.json"))
-    return Run(folder, made, summary, read_arrays(folder / "measurements.npz"))
+    return Run(folder, made, summary, read_snapshots(folder / "measurements.npz"))
 
 
 def load_all(folder):
@@ -156,22 +160,30 @@ def load_all(folder):
 
 def read_json(path):
     try:
-        return json.loads(path.read_text())
+        return safety.read_json(path)
     except FileNotFoundError:
         raise missing(path) from None
-    except ValueError as error:
-        raise BadInput(f"{path}: damaged ({error})") from None
 
 
 def read_arrays(path):
     """A .npz file -> {name: array}."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            return dict(file)
+            return Named(path, file)
     except FileNotFoundError:
         raise missing(path) from None
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise BadInput(f"{path}: damaged records ({error})") from None
+    except Exception as error:  # a damaged file, or one of another kind, can fail in any way
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise BadInput(f"{path}: damaged records ({reason})") from None
+
+
+def read_snapshots(path):
+    """`read_arrays` of one record a snapshot: all arrays are of one length."""
+    arrays = read_arrays(path)
+    lengths = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
+    if set(lengths.values()) != {lengths.get("tokens")} or not lengths["tokens"]:
+        raise BadInput(f"{path}: damaged records: not as many of everything as of snapshots")
+    return arrays
 
 
 def missing(path):

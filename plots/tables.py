@@ -130,6 +130,22 @@ def put(text, name, table):
     return f"{text[: found.end(1)]}{table}\n{text[found.start(3) :]}"
 
 
+def filled_page(page, found):
+    """The text of a page with all tables that it has a place for."""
+    try:
+        text = page.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise BadInput(f"{page} is missing: --write fills pages that are there") from None
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{page}: not text in UTF-8 ({error.reason})") from None
+    places = [name for name in found if f"<!-- {name} -->" in text]
+    if not places:
+        raise BadInput(f"{page}: no place for a table: <!-- {' --> or <!-- '.join(found)} -->")
+    for name in places:
+        text = put(text, name, found[name])
+    return text
+
+
 @one_line_errors
 def main(argv=None):
     parser = ArgumentParser(__doc__)
@@ -147,14 +163,9 @@ def main(argv=None):
     if not args.write:
         print("\n\n".join(found.values()))
         return
-    for page in args.write:
-        text = page.read_text()
-        places = [name for name in found if f"<!-- {name} -->" in text]
-        if not places:
-            raise BadInput(f"{page}: no place for a table: <!-- {' --> or <!-- '.join(found)} -->")
-        for name in places:
-            text = put(text, name, found[name])
-        write_whole(page, lambda path, text=text: path.write_text(text))
+    filled = {page: filled_page(page, found) for page in args.write}  # all of them, or none
+    for page, text in filled.items():
+        write_whole(page, lambda path, text=text: path.write_text(text, encoding="utf-8"))
         print(f"-> {page}")
 
 

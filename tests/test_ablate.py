@@ -274,8 +274,8 @@ def test_an_interrupted_sweep_goes_on(run, command, monkeypatch, capsys):
         return record(self, *rest)
 
     monkeypatch.setattr(Ablations, "record", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        ablate.main(arguments)
+    assert ablate.main(arguments) == 130
+    assert capsys.readouterr().err == "stopped\n"
     assert len(read_records(run / "ablations-unfinished.npz")) == 2
     assert not (run / "ablations.npz").exists()  # figures would take it for all there is
     refused(capsys, [*arguments, "--mean"])
@@ -296,6 +296,19 @@ def test_records_made_otherwise_are_kept(run, command, capsys):
     error = refused(capsys, [*arguments, "--mean"])
     assert "replacement zero then, mean now" in error and "--out" in error
     assert (run / "ablations.npz").read_bytes() == before
+
+
+def test_records_of_another_model_are_not_taken_for_its_own(
+    run, command, corpus, text_file, capsys
+):
+    arguments = command(run, "--heads", "1:0", "--snapshots", "2")
+    assert ablate.main(arguments) == 0
+    about = json.loads((run / "ablations.json").read_text())
+    del about["settings"]["model"]  # as older records have it
+    (run / "ablations.json").write_text(json.dumps(about))
+    assert ablate.main(arguments) == 0  # which now tells it
+    save(run / "snapshots" / "step_0000240.pt", make(2), corpus, text_file, 240)
+    assert "other settings (model" in refused(capsys, arguments)
 
 
 def test_a_run_without_a_phase_change_has_no_before_and_after(run, command, capsys):

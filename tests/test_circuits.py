@@ -423,3 +423,8 @@ def test_bad_input_is_one_line(run, command, tmp_path, capsys):
         model.blocks[0].attn.W_V[0, 0, 0] = torch.nan
     save_snapshot(tmp_path / "diverged.pt", model, 0, 0, origin)
     assert "not numbers" in refused(command("diverged.pt"))
+    with torch.no_grad():
+        model.blocks[0].attn.W_V.fill_(1)
+        model.blocks[0].attn.W_O.fill_(3e38)
+    save_snapshot(tmp_path / "diverged.pt", model, 0, 0, origin)
+    assert "activations that are not numbers" in refused(command("diverged.pt"))

@@ -317,9 +317,11 @@ def test_other_readings_of_copying_are_printed_too(run, text_file, model, exampl
 
 
 def test_a_run_is_measured_snapshot_by_snapshot(run, text_file, capsys):
+    (run / "measurements.npz").write_bytes(b"training's own")
     (run / "summary.json").write_text(json.dumps({"tokens": 500, "examples": 1, "loss": 0.0}))
     assert evaluate.main(command(run, text_file)) == 0
-    records = read_records(run / "measurements.npz")
+    assert (run / "measurements.npz").read_bytes() == b"training's own"
+    records = read_records(run / "evaluation.npz")
     assert [record["step"] for record in records] == [0, 5]
     assert len(records[0]["per_token_loss"]) == 4
     summary = json.loads((run / "summary.json").read_text())
@@ -327,10 +329,20 @@ def test_a_run_is_measured_snapshot_by_snapshot(run, text_file, capsys):
     assert summary["loss"] == pytest.approx(records[1]["loss"])
 
 
+def test_a_summary_of_as_many_examples_is_kept(run, text_file, capsys):
+    assert evaluate.main(command(run, text_file)) == 0
+    assert not (run / "summary.json").exists()  # training is not finished
+    (run / "summary.json").write_text('{"examples": 4}')
+    assert evaluate.main(command(run, text_file)) == 0
+    assert (run / "summary.json").read_text() == '{"examples": 4}'
+
+
 def test_some_snapshots_are_measured_beside_what_training_measured(run, text_file, capsys):
     assert evaluate.main(command(run, text_file)) == 0
+    (run / "evaluation.npz").rename(run / "measurements.npz")
     (run / "summary.json").write_text("{}")
     before = (run / "measurements.npz").read_bytes()
+    (run / "snapshots" / "step_best.pt").write_text("not train.py's")
     extra = run / "snapshots" / "step_0000003.pt"
     extra.write_bytes((run / "snapshots" / "step_0000005.pt").read_bytes())
     assert evaluate.main(command(run, text_file, "--snapshots", "2")) == 0
@@ -373,8 +385,18 @@ def test_bad_input_is_one_line(run, text_file, tmp_path, capsys):
     assert "folder of a run" in refused(capsys, command(snapshot, text_file, "--snapshots", "2"))
     assert "at least 2" in refused(capsys, command(run, text_file, "--snapshots", "1"))
     assert "nowhere.pt" in refused(capsys, command("nowhere.pt", text_file))
+    assert "end in .npz" in refused(capsys, command(snapshot, text_file, "--out", str(snapshot)))
+    out = "--out", str(run / "measurements.npz")
+    assert "train.py's own" in refused(capsys, command(run, text_file, *out))
     assert "invalid int" in refused(capsys, command(snapshot, text_file, "--examples", "all"))
     assert "run on a GPU" in refused(capsys, command(snapshot, text_file, "--kernels", "triton"))
+    model, about = load_snapshot(snapshot)
+    with torch.no_grad():
+        model.unembed["W_U"].fill_(3e38)
+    save_snapshot(snapshot, model, 5, 500, about["corpus"])
+    error = refused(capsys, command(run, text_file))
+    assert "losses that are not numbers" in error and snapshot.name in error
+    assert not (run / "evaluation.npz").exists()
     snapshot.write_bytes(snapshot.read_bytes()[:-1000])
     assert "damaged" in refused(capsys, command(snapshot, text_file))
 

@@ -14,6 +14,7 @@ from plots import panels, phase_change, style
 from plots import runs as runs_of
 from plots.context import fitted_lines
 from plots.runs import load_run
+from safety import BadInput
 
 ROOT = Path(__file__).parent.parent
 
@@ -125,10 +126,23 @@ def test_the_script_writes_a_picture_and_imports_no_torch(runs, tmp_path):
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
 
 
+def save_as_npy(path):
+    with path.open("wb") as file:
+        np.save(file, np.arange(3))
+
+
 @pytest.mark.parametrize("name", ["measurements.npz", "run.json", "summary.json"])
 def test_missing_and_damaged_records_are_one_line(runs, tmp_path, capsys, name):
     for spoil, fault in (
         (lambda path: path.write_bytes(b"{"), "damaged"),
+        (lambda path: path.write_bytes(b""), "damaged"),
+        (lambda path: path.write_text("[3]"), "damaged"),
+        (lambda path: path.write_text("[" * 99999), "damaged"),
+        (lambda path: path.write_text("{}"), "damaged"),
+        (lambda path: save_as_npy(path), "damaged"),
+        (lambda path: np.savez(path.open("wb"), step=np.arange(3)), "damaged"),
+        (lambda path: np.savez(path.open("wb"), tokens=np.arange(3), loss=np.ones(2)), "damaged"),
+        (lambda path: np.savez(path.open("wb"), tokens=np.arange(3)), "damaged"),
         (Path.unlink, "missing"),
     ):
         spoil(runs[0] / name)
@@ -136,6 +150,13 @@ def test_missing_and_damaged_records_are_one_line(runs, tmp_path, capsys, name):
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and fault in error
     assert not (tmp_path / "f.png").exists()
+
+
+def test_an_evaluation_of_half_a_training_is_not_its_end(runs):
+    with np.load(runs[0] / "measurements.npz") as arrays:
+        np.savez(runs[0] / "evaluation.npz", **{name: x[:20] for name, x in arrays.items()})
+    with pytest.raises(BadInput, match="run evaluate.py again"):
+        load_run(runs[0]).evaluation  # noqa: B018
 
 
 def test_only_pictures_are_written(runs, tmp_path, capsys):

@@ -134,7 +134,7 @@ def test_pictures_shrink_until_the_page_fits(folder, monkeypatch, capsys):
     assert "larger than" in capsys.readouterr().err
 
 
-def test_bad_input_is_one_line(folder, tmp_path, capsys):
+def test_bad_input_is_one_line(folder, tmp_path, monkeypatch, capsys):
     assert report.main([str(tmp_path)]) == 2
     world = make_world(tmp_path / "mini")
     assert report.main([str(world)]) == 2
@@ -144,6 +144,10 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys):
     assert report.main([str(world)]) == 2
     first, second, third = capsys.readouterr().err.splitlines()
     assert "no runs" in first and "passage.npz" in second and "broken.png" in third
+    monkeypatch.setattr(report.Image, "MAX_IMAGE_PIXELS", 1)
+    assert report.main([str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "too large" in error
 
 
 # in a browser

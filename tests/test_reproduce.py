@@ -208,6 +208,18 @@ def test_the_list_goes_on_where_it_was_interrupted(workplace, ending):
     assert Path("results/smoke/2L/slow.json").read_text() == "x"
 
 
+def test_what_another_command_made_is_not_taken_for_done(workplace):
+    run = Path("runs/smoke/2L")
+    run.mkdir(parents=True)
+    (run / "train.json").write_text("of an older run, which does not tell its command")
+    for command, code in (COMMANDS[0], 0), (COMMANDS[0], 0), (f"{COMMANDS[0]} --data b.txt", 2):
+        process = start(command, f"{COMMANDS[2]} --data b.txt")
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == code
+    assert error.count("\n") == 1 and f"made by another command, python {COMMANDS[0]}:" in error
+    assert (run / "quick.json").read_text() == "x"
+
+
 def test_under_nohup_a_hangup_ends_nothing(workplace):
     Path("runs/smoke/2L").mkdir(parents=True)
     process = start(*COMMANDS, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))

@@ -326,6 +326,18 @@ def test_a_page_without_a_place_is_told_in_one_line(good, tmp_path, capsys, text
     assert tables.main([str(tmp_path)]) == 2
 
 
+@pytest.mark.parametrize("content", [None, b"<!-- claims -->\n\xff<!-- end of claims -->"])
+def test_a_page_that_cannot_be_read_leaves_all_as_they_are(good, tmp_path, capsys, content):
+    page, bad = tmp_path / "README.md", tmp_path / "bad.md"
+    page.write_text("<!-- claims -->\n<!-- end of claims -->")
+    if content:
+        bad.write_bytes(content)
+    assert tables.main([str(good), "--write", str(page), str(bad)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "bad.md" in error
+    assert page.read_text() == "<!-- claims -->\n<!-- end of claims -->"
+
+
 def test_the_tables_are_printed(good, capsys):
     assert tables.main([str(good)]) == 0
     assert capsys.readouterr().out == "\n\n".join(tables.tables(good).values()) + "\n"

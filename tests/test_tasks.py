@@ -1,6 +1,7 @@
 """The texts ask what they say they ask; the measures by hand and on a circuit; the command line."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 import tasks
 from model import Transformer, config_for
-from snapshots import save_snapshot
+from snapshots import load_snapshot, save_snapshot
 from tests.circuits_by_hand import N_TOKENS, induction_circuit
 from vocabulary import PYTHON_1024, load_vocabulary
 
@@ -277,9 +278,17 @@ def test_a_snapshot_is_asked_all_tasks(snapshot, text_file, tmp_path, capsys, mo
     assert "".join(prose["view"]["tokens"][1:]).startswith("The Vennicks mended clocks")
 
 
-def test_bad_input_is_one_line(snapshot, tmp_path, capsys):
+def test_bad_input_is_one_line(snapshot, text_file, tmp_path, capsys):
     assert tasks.main([str(tmp_path / "nowhere.pt")]) == 2
     assert tasks.main([str(tmp_path)]) == 2
     assert tasks.main([str(snapshot)]) == 2
+    model, about = load_snapshot(snapshot)
+    with torch.no_grad():
+        model.unembed["W_U"].fill_(3e38)
+    save_snapshot(snapshot, model, 3, 300, about["corpus"])
+    data = ["--data", str(text_file), "--vocabulary", PYTHON_1024, "--device", "cpu"]
+    assert tasks.main([str(snapshot), *data, "--out", "record.json"]) == 2
+    assert not Path("record.json").exists()
     error = capsys.readouterr().err.splitlines()
-    assert len(error) == 3 and "nowhere.pt" in error[0] and "pass --data" in error[2]
+    assert len(error) == 4 and "nowhere.pt" in error[0] and "pass --data" in error[2]
+    assert "losses that are not numbers" in error[3]
