@@ -224,7 +224,7 @@ def draw_traces(ax, run, shown):
     millions = [snapshot["tokens"] / 1e6 for snapshot in snapshots]
     names = [row["head"] for row in snapshots[0]["heads"] if row["qk_match_direct"] is not None]
     if not names:
-        return style.not_available(ax, "no earlier layer tells a key\nwhat preceded it")
+        return style.not_available(ax, "no earlier layer\ntells a key what\npreceded it")
     for name in names:
         rows = [row for snap in snapshots for row in snap["heads"] if row["head"] == name]
         values, layer = [row["qk_match_direct"] for row in rows], int(name.split(":")[0])
