@@ -50,6 +50,7 @@ class Check:
     values: dict  # {model, or head of a model: number}; empty without records
     holds: dict  # {the same: bool}; empty where the value is told and not judged
     form: str  # of a value; none: the words tell it
+    of_large: bool = False  # judged in large models alone
 
     def __str__(self):
         if not self.values:
@@ -69,10 +70,10 @@ class Check:
         return f"{told} ({len(self.holds) - len(failing)} of {len(self.holds)}{few})"
 
 
-def check(what, values, holds=None, form="+.2f"):
+def check(what, values, holds=None, form="+.2f", **more):
     """A `Check` whose condition is on the value alone; without one the value is only told."""
     judged = {name: bool(holds(value)) for name, value in values.items()} if holds else {}
-    return Check(what, values, judged, form)
+    return Check(what, values, judged, form, **more)
 
 
 def verdict(checks):
@@ -80,7 +81,8 @@ def verdict(checks):
         return "no records"
     judged = [holds for check in checks for holds in check.holds.values()]
     if not judged:
-        return "not testable at this scale"
+        of_large = any(check.of_large for check in checks)
+        return "not testable at this scale" if of_large else "no records"
     if all(judged) and all(check.values for check in checks):
         return "reproduced"
     return "partly" if sum(judged) >= len(judged) / 2 else "not reproduced"

@@ -49,7 +49,7 @@ def fuzzy_matching(runs):
         matching = ["{}:{}".format(*head) for head in run.heads_that_match()]
         rows = [row for row in run.summary["heads"] if row["head"] in matching]
         copying |= {f"{run.name} {row['head']}": row["copying"] for row in rows}
-    yield Check("best head's attention", attention, large, ".0%")
+    yield Check("best head's attention", attention, large, ".0%", of_large=True)
     yield check("by chance", {name: head["chance"] for name, head in best.items()}, form=".0%")
     yield check("copying of the heads that match prefixes", copying)
 
@@ -106,7 +106,8 @@ def heads_in_the_first_half(runs):
         return (layers < run.n_layers / 2).mean() if len(layers) else NONE
 
     large = [run for run in runs.values() if run.n_layers >= 24]
-    yield check("24 layers or more", by_name(large, share), lambda share: share > 0.5, ".0%")
+    shares = by_name(large, share)
+    yield check("24 layers or more", shares, lambda share: share > 0.5, ".0%", of_large=True)
     yield check("models of layers", by_name(runs.values(), lambda run: run.n_layers), form="d")
 
 

@@ -261,7 +261,9 @@ def test_the_verdict_counts_what_holds():
     assert of(True, True) == "reproduced"
     assert of(True, False) == "partly"
     assert of(True, False, False) == "not reproduced"
-    assert of() == "not testable at this scale"
+    assert of() == "no records"  # a value that is only told
+    large = Check("", {"a": 1.0}, {}, "", of_large=True)
+    assert verdict([large]) == "not testable at this scale"
     assert verdict([]) == verdict([check("", {}, bool)]) == "no records"
     assert verdict([check("", {"a": 1}, bool), check("", {}, bool)]) == "partly"
 
