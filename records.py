@@ -17,12 +17,11 @@ import json
 import math
 import os
 import time
-import zipfile
 
 import numpy as np
 import torch
 
-from safety import BadInput, write_whole
+from safety import BadInput, read_json, write_whole
 from snapshots import load_tensors, save_snapshot, save_tensors
 
 try:
@@ -91,8 +90,6 @@ class RunFolder:
         if self.writes:
             self._open_log()  # before reading what another process may still be changing
         before = read_json(self.folder / "run.json")
-        if not isinstance(before, dict):
-            raise BadInput(f"{self.folder / 'run.json'}: damaged, or not written by train.py")
         pairs = {name: (before.get(name), now) for name, now in self.identity.items()}
         machine = before.get("machine")
         for name in ("dtype", "kernels"):
@@ -237,13 +234,6 @@ def write_json(path, content, indent=1):
     write_whole(path, lambda temporary: temporary.write_text(text))
 
 
-def read_json(path):
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise BadInput(f"{path}: damaged ({error})") from None
-
-
 def stack(records):
     """Records of snapshots -> {name: array [snapshot, ...]}."""
     # what the last has: a run may have been begun by an older version, whose records held more
@@ -273,5 +263,8 @@ def read_records(path):
         return [
             {name: array[n] for name, array in arrays.items()} for n in range(len(arrays["step"]))
         ]
-    except (ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
-        raise BadInput(f"{path}: damaged, or not the records of a run ({error})") from None
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file, or one of another kind, can fail in any way
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise BadInput(f"{path}: damaged, or not the records of a run ({reason})") from None

@@ -4,6 +4,7 @@ refuses.
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import resource
@@ -651,10 +652,13 @@ def test_a_log_shorter_than_its_state_is_refused(workplace, text_file, capsys):
 @pytest.mark.parametrize("name", ["state.pt", "measurements.npz", "run.json"])
 def test_a_damaged_run_is_refused(workplace, text_file, capsys, name):
     train.main(flags(text_file, steps=2))
-    Path("run", name).write_bytes(Path("run", name).read_bytes()[:100])
-    capsys.readouterr()
-    assert train.main(flags(text_file, "--resume", steps=2)) == 2
-    assert "damaged" in one_line(capsys)
+    an_array = io.BytesIO()
+    np.save(an_array, np.zeros(3))
+    for content in Path("run", name).read_bytes()[:100], b"", b"[]", an_array.getvalue():
+        Path("run", name).write_bytes(content)
+        capsys.readouterr()
+        assert train.main(flags(text_file, "--resume", steps=2)) == 2
+        assert "damaged" in one_line(capsys)
 
 
 def test_embeddings_and_vectors_learn_at_their_own_rate_and_only_matrices_decay():
