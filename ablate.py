@@ -33,8 +33,8 @@ from measure import N_CTX
 from parallel import Ranks
 from plots.analysis import positive_share
 from progress import PROGRESS_SECONDS
-from records import difference, read_records, write_json, write_records
-from safety import ArgumentParser, BadInput, check_out, one_line_errors, read_json
+from records import difference, read_records, write_records
+from safety import ArgumentParser, BadInput, check_out, one_line_errors, read_json, write_json
 
 SNAPSHOTS = 25  # of a run that are ablated, unless told otherwise
 

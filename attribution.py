@@ -4,7 +4,6 @@
 """
 
 import hashlib
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -40,7 +39,8 @@ class Ablations:
         self.corpus = evaluate.corpus_of(args, load_snapshot(path)[1]["corpus"], ranks)
         self.examples = draw_examples(self.corpus, args.examples).to(args.device)
         model, _ = self.load(path)
-        self.weights = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+        with open(path, "rb") as file:  # up to 52 GB
+            self.weights = hashlib.file_digest(file, "sha256").hexdigest()[:16]
         self.table = evaluate.heads_table(head_scores(model, self.examples, self.cores))
         self.sets = name_sets(self.table, args.heads)
         # the bands, which hold the paper's two positions, and each example's own

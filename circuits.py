@@ -51,8 +51,7 @@ from measure import draw_examples, head_scores
 from model import layer_norm_divisor
 from parallel import Cores, Ranks
 from plots.analysis import pearson, spearman
-from records import write_json
-from safety import ArgumentParser, BadInput, check_out, one_line_errors
+from safety import ArgumentParser, BadInput, check_out, one_line_errors, write_json
 from snapshots import load_snapshot
 
 

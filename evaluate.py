@@ -30,8 +30,8 @@ import metrics
 from corpora import BUILT_IN, open_corpus
 from measure import N_CTX, copying_variants, draw_examples, measure
 from parallel import Cores, Ranks
-from records import read_records, write_json, write_records
-from safety import ArgumentParser, BadInput, check_out, one_line_errors, read_json
+from records import read_records, write_records
+from safety import ArgumentParser, BadInput, check_out, one_line_errors, read_json, write_json
 from snapshots import load_snapshot
 
 HEAD_SCORES = ("prefix_matching", "copying", "previous_token")

@@ -21,7 +21,7 @@ import time
 import numpy as np
 import torch
 
-from safety import BadInput, read_json, write_whole
+from safety import BadInput, brief, read_json, write_json, write_whole
 from snapshots import load_tensors, save_snapshot, save_tensors
 
 try:
@@ -229,11 +229,6 @@ def difference(before, now):
     )
 
 
-def write_json(path, content, indent=1):
-    text = json.dumps(content, indent=indent) + "\n"
-    write_whole(path, lambda temporary: temporary.write_text(text))
-
-
 def stack(records):
     """Records of snapshots -> {name: array [snapshot, ...]}."""
     # what the last has: a run may have been begun by an older version, whose records held more
@@ -266,5 +261,4 @@ def read_records(path):
     except OSError:
         raise
     except Exception as error:  # a damaged file, or one of another kind, can fail in any way
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise BadInput(f"{path}: damaged, or not the records of a run ({reason})") from None
+        raise BadInput(f"{path}: damaged, or not the records of a run ({brief(error)})") from None

@@ -11,7 +11,6 @@ figures and tables need goes to results/SCALE, pictures to results/SCALE/figures
 """
 
 import dataclasses
-import json
 import shlex
 import shutil
 import signal
@@ -20,7 +19,14 @@ import sys
 import time
 from pathlib import Path
 
-from safety import ArgumentParser, BadInput, one_line_errors, read_json, write_whole
+from safety import (
+    ArgumentParser,
+    BadInput,
+    one_line_errors,
+    read_json,
+    write_json,
+    write_whole,
+)
 
 ROOT = Path(__file__).parent
 
@@ -348,11 +354,6 @@ class Schedule:
             step.seconds * (pace([s for s in done if s.script == step.script]) or pace(done) or 1)
             for step in left
         )
-
-
-def write_json(path, content):
-    text = json.dumps(content, indent=1) + "\n"
-    write_whole(path, lambda temporary: temporary.write_text(text))
 
 
 def duration(seconds):

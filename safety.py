@@ -69,10 +69,10 @@ def one_line_errors(main, script=None):
             print("stopped", file=sys.stderr)
             return 130
         except (MemoryError, RuntimeError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = brief(error)
             if type(error).__name__ == "OutOfMemoryError":  # torch's; plots do without torch
                 what = f"the GPU's memory is full: take a smaller model or a larger GPU ({reason})"
-            elif isinstance(error, MemoryError) or any(told in reason for told in NO_MEMORY):
+            elif isinstance(error, MemoryError) or any(told in str(error) for told in NO_MEMORY):
                 what = f"memory is full: take fewer examples or a smaller model ({reason})"
             else:
                 raise
@@ -80,6 +80,11 @@ def one_line_errors(main, script=None):
         return 2
 
     return wrapped
+
+
+def brief(error):
+    """What an error says, of whatever length, in a line."""
+    return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 class Named(dict):
@@ -102,6 +107,11 @@ def read_json(path):
     if not isinstance(content, Named):
         raise BadInput(f"{path}: damaged records: a {type(content).__name__}, not named values")
     return content
+
+
+def write_json(path, content, indent=1):
+    text = json.dumps(content, indent=indent) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text))
 
 
 def write_whole(path, write):

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from model import ModelConfig, Transformer
-from safety import BadInput, write_whole
+from safety import BadInput, brief, write_whole
 
 
 def save_snapshot(path, model, step, tokens, corpus):
@@ -82,11 +82,6 @@ def of_kind(kind, value):
     if not isinstance(value, kind):
         raise TypeError(f"a {type(value).__name__} where none belongs")
     return value
-
-
-def brief(error):
-    """What an error says, of whatever length, in a line."""
-    return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 def save_tensors(content, path):

@@ -27,8 +27,7 @@ from evaluate import add_corpus_flags, check_losses, corpus_of, load_fitting, pi
 from measure import logit_effect
 from model import layer_norm_divisor
 from parallel import Ranks
-from records import write_json
-from safety import ArgumentParser, check_out, one_line_errors
+from safety import ArgumentParser, check_out, one_line_errors, write_json
 from snapshots import load_snapshot
 from vocabulary import load_vocabulary
 

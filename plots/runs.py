@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 import safety
-from safety import BadInput, Named
+from safety import BadInput, Named, brief
 
 # what a run of each scale has unless its flags say otherwise: others belong to the width sweep
 WIDTHS = {"mini": 128, "small": 768, "paper": 768}
@@ -173,8 +173,7 @@ def read_arrays(path):
     except FileNotFoundError:
         raise missing(path) from None
     except Exception as error:  # a damaged file, or one of another kind, can fail in any way
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise BadInput(f"{path}: damaged records ({reason})") from None
+        raise BadInput(f"{path}: damaged records ({brief(error)})") from None
 
 
 def read_snapshots(path):
