@@ -188,17 +188,13 @@ def training_turns(runs):
     deeper = [run for run in usual if run.n_layers > 1]
     controls = {"one layer": [run for run in usual if run.n_layers == 1], "second corpus": second}
 
-    def degrees(some, when):
-        return by_name(some, lambda run: getattr(pivots[run.name], when))
-
     for when in "within", "after":
-        of_deeper = {
-            run.name: angle if run.window else NONE
-            for run, angle in zip(deeper, degrees(deeper, when).values(), strict=True)
-        }
-        yield check(f"degrees {when}", of_deeper, lambda angle: angle >= 45, ".0f")
+        angle = {name: getattr(pivot, when) for name, pivot in pivots.items()}
+        changed = by_name(deeper, lambda run, of=angle: of[run.name] if run.window else NONE)
+        yield check(f"degrees {when}", changed, lambda degrees: degrees >= 45, ".0f")
         for what, some in controls.items():
-            yield check(what, degrees(some, when), lambda angle: angle < 45, ".0f")
+            unchanged = by_name(some, lambda run, of=angle: of[run.name])
+            yield check(what, unchanged, lambda degrees: degrees < 45, ".0f")
 
 
 # --- Argument 2: they come together when one of them is made easier
@@ -294,4 +290,4 @@ def ablating_undoes_it(runs):
                 ablations[key][at][head] for key in ("before_and_after", "before_and_after_error")
             )
             below[name] = bool(dots[name] + 2 * error < 0)
-    yield Check("by its length", dots, below, "+.0%")
+    yield Check("share of the change", dots, below, "+.0%")

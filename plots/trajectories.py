@@ -7,8 +7,8 @@ components.
 Figure F7 of the paper ("Argument 1"): each snapshot of a model is a point, its losses at one token
 of each example. All plain models of a corpus, with and without MLPs, share one plane; smeared keys
 and other widths are projected into it. A second corpus has other examples and so a plane of its
-own. In the phase change models of two layers and more turn. So do, if less, paths without a phase
-change: what is learned last is not what is learned first.
+own. In the phase change models of two layers and more turn. On a second corpus, without one, models
+turn, too: what is learned last is not what is learned first.
 """
 
 import dataclasses
