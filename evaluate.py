@@ -3,6 +3,7 @@
     python evaluate.py runs/NAME/snapshots/X.pt   one snapshot: a table of its heads
     python evaluate.py runs/NAME                  all of a run, on more examples than training took
     python evaluate.py runs/NAME --snapshots 30   some of a run, beside what training measured
+    python evaluate.py runs/NAME --window 1.4 3.1    where its phase change is, set by hand
 
 A record holds, for one snapshot, the paper's quantities (see metrics.py): in-context learning
 score, loss by position, the per-token loss vector and three scores for each head. `train.py` has
@@ -10,6 +11,8 @@ made one of each snapshot as it took it (measure.py); here more examples can be 
 
 A run's records go to its evaluation.npz, which figures take before measurements.npz, training's
 own file; summary.json tells of them instead if they are of more examples than it told of before.
+It also tells where the phase change is, to figures and to ablations; figures say if that was set by
+hand.
 
 Two columns of the table are controls. Prefix matching is attention to what followed the earlier
 copies of the present token; beside it stand the attention to the *earlier copy* itself and to the
@@ -48,11 +51,12 @@ def find_phase_change(records):
     )
 
 
-def summarise(records, measure_again):
+def summarise(records, measure_again, by_hand=None):
     """What a run shows, on a page: the measured part of summary.json.
 
-    The phase change is found in the records of all snapshots. The numbers given for its start and
-    end and for the end of training come from `measure_again(index)`, which may use more examples.
+    The phase change is found in the records of all snapshots, or is `by_hand`, indices of the
+    first and the last. The numbers given for its start and end and for the end of training come
+    from `measure_again(index)`, which may use more examples.
     """
     last = measure_again(len(records) - 1)
     shown = {
@@ -66,7 +70,7 @@ def summarise(records, measure_again):
         "best_previous_token": best_head(last["previous_token"]),
         "heads": heads_table(last),
     }
-    window = find_phase_change(records)
+    window = by_hand or find_phase_change(records)
     if window:
         start, end = (records[n] for n in window)
         before, after = (measure_again(n) for n in window)
@@ -77,6 +81,7 @@ def summarise(records, measure_again):
             "best_prefix_matching_after": best_head(after["prefix_matching"]),
         }
         shown["phase_change"] = {
+            "by_hand": by_hand is not None,
             "start_step": int(start["step"]),
             "end_step": int(end["step"]),
             "start_tokens": int(start["tokens"]),
@@ -194,9 +199,10 @@ def conclusion(summary):
         return f"no phase change; in-context learning between bands {at_end}"
     start, end = (change[edge] / 1e6 for edge in ("start_tokens", "end_tokens"))
     before, after = summary["icl_band_before"], summary["icl_band_after"]
+    by_hand = ", set by hand," * change["by_hand"]
     return (
-        f"phase change from {start:.2f}M to {end:.2f}M tokens: in-context learning between bands"
-        f" {before:+.2f} -> {after:+.2f}, at the end {at_end}"
+        f"phase change{by_hand} from {start:.2f}M to {end:.2f}M tokens: in-context learning"
+        f" between bands {before:+.2f} -> {after:+.2f}, at the end {at_end}"
     )
 
 
@@ -277,6 +283,14 @@ def main(argv=None):
     add_flags(add)
     add_snapshots_flag(add, "all")
     add(
+        "--window",
+        type=float,
+        nargs=2,
+        metavar=("START", "END"),
+        help="of a run: sets its phase change by hand, in millions of tokens, at the nearest"
+        " snapshots, and measures these and the last",
+    )
+    add(
         "--copying-variants",
         action="store_true",
         help="of a snapshot: the copying score after a start token and by destination, too",
@@ -288,12 +302,16 @@ def main(argv=None):
     )
     args = parser.parse_args(argv)
     check_snapshots(args)
+    if args.window and (not args.path.is_dir() or args.snapshots or args.out):
+        raise BadInput("--window needs the folder of a run, and neither --snapshots nor --out")
     if args.copying_variants and args.path.is_dir():
         raise BadInput(f"--copying-variants takes one snapshot, and {args.path} is a folder")
     args.device = pick_device(args.device)
     args.kernels = pick_kernels(args.kernels, args.device)
     ranks = Ranks(args.device)
     try:
+        if args.window:
+            return set_window(args, ranks)
         return evaluate_run(args, ranks) if args.path.is_dir() else evaluate_snapshot(args, ranks)
     finally:
         ranks.close()
@@ -372,6 +390,29 @@ def evaluate_run(args, ranks):
     print(f"-> {out}")
 
 
+def set_window(args, ranks):
+    """The run's summary anew, with the phase change where --window says."""
+    told = args.path / "summary.json"
+    if not told.exists():
+        raise BadInput(f"{told} is missing: its training is not finished")
+    paths, records = measured_snapshots(args.path)
+    millions = np.array([record["tokens"] for record in records]) / 1e6
+    start, end = args.window
+    by_hand = [int(np.abs(millions - edge).argmin()) for edge in args.window]
+    if not (0 <= start and end <= millions[-1] and by_hand[0] < by_hand[1]):
+        raise BadInput(
+            f"--window {start:g} {end:g}: two snapshots are needed, the first before the second, in"
+            f" millions of tokens from 0 to {millions[-1]:.2f}"
+        )
+    measure_file = prepare(args, load_snapshot(paths[max(paths)])[1]["corpus"], ranks)
+    summary = summarise(
+        records, lambda index: measure_file(paths[int(records[index]["step"])]), by_hand
+    )
+    if ranks.is_first:
+        write_json(told, read_json(told) | summary)
+        print(f"{conclusion(summary)}\n-> {told}")
+
+
 def snapshots_of(run):
     files = (run / "snapshots").glob("step_*.pt")
     paths = sorted(path for path in files if re.fullmatch(r"step_\d+", path.stem))
@@ -388,16 +429,34 @@ def choose_snapshots(run, n_wanted):
     """Some snapshots of a run: n_wanted of them, evenly spaced from first to last, and those where
     its phase change starts and ends -> ({step: path}, the steps of those two, or ()).
     """
+    paths, records = measured_snapshots(run)
+    window = phase_change_steps(run, records)
+    steps = list(paths)
+    even = np.linspace(0, len(steps) - 1, min(n_wanted, len(steps))).round().astype(int)
+    return {step: paths[step] for step in sorted({*(steps[n] for n in even), *window})}, window
+
+
+def measured_snapshots(run):
+    """-> ({step: path} of a run's snapshots, the records of those that are measured)."""
     paths = {step_of(path): path for path in snapshots_of(run)}
     # where training's own file is missing, a whole run's evaluation will do
     found = [run / name for name in ("measurements.npz", "evaluation.npz") if (run / name).exists()]
     if not found:
         raise BadInput(f"{run}: not measured yet: run python evaluate.py {run} first")
-    measured = [record for record in read_records(found[0]) if int(record["step"]) in paths]
-    window = tuple(int(measured[n]["step"]) for n in find_phase_change(measured) or ())
-    steps = list(paths)
-    even = np.linspace(0, len(steps) - 1, min(n_wanted, len(steps))).round().astype(int)
-    return {step: paths[step] for step in sorted({*(steps[n] for n in even), *window})}, window
+    return paths, [record for record in read_records(found[0]) if int(record["step"]) in paths]
+
+
+def phase_change_steps(run, records):
+    """Of its first and last snapshot: what the summary tells, once training is finished, else what
+    the records show; () if there is none.
+    """
+    told = run / "summary.json"
+    if told.exists():
+        change = read_json(told)["phase_change"]
+        steps = (change["start_step"], change["end_step"]) if change else ()
+        if {*steps} <= {int(record["step"]) for record in records}:
+            return steps
+    return tuple(int(records[n]["step"]) for n in find_phase_change(records) or ())
 
 
 def prepare(args, trained_on, ranks):

@@ -99,6 +99,11 @@ class Run:
         return change and (change["start_tokens"] / 1e6, change["end_tokens"] / 1e6)
 
     @property
+    def window_is_by_hand(self):
+        """Was it set by `evaluate.py --window`, not found?"""
+        return bool(self.summary["phase_change"] and self.summary["phase_change"].get("by_hand"))
+
+    @property
     def n_layers(self):
         return self.made["config"]["n_layers"]
 
@@ -137,7 +142,8 @@ class Run:
         kind = "attention-only" if config["d_mlp"] == 0 else "with MLPs"
         layers = "1 layer" if self.n_layers == 1 else f"{self.n_layers} layers"
         smear = ", smeared keys" if config["smear"] else ""
-        return f"{layers}, {kind}{smear}{SERIES_IN_TITLES.get(self.series, '').format(**config)}"
+        series = SERIES_IN_TITLES.get(self.series, "").format(**config)
+        return f"{layers}, {kind}{smear}{series}{'; window set by hand' * self.window_is_by_hand}"
 
     @property
     def is_plain_one_layer(self):

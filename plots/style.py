@@ -103,7 +103,8 @@ def counted(numbers):
 
 def column_title(run):
     layers, kind, *more = run.title.split(", ")
-    return "\n".join([f"{layers}, seed {run.seed}", kind, *[", ".join(more)] * bool(more)])
+    lines = [f"{layers}, seed {run.seed}", kind, *[", ".join(more)] * bool(more)]
+    return "\n".join(lines).replace("; ", "\n")
 
 
 def not_available(ax, why):

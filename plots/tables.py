@@ -70,7 +70,7 @@ def run_row(run):
         }
     return {
         "model": model_name(run),
-        "window (M tokens)": "{:.2f} to {:.2f}".format(*run.window) if run.window else "none",
+        "window (M tokens)": window_of(run),
         "best prefix matching across it": across["heads"],
         "ICL score across it, between bands": across["scores"],
         "half way: ICL, prefix matching": across["half way"],
@@ -84,6 +84,12 @@ def run_row(run):
         "minutes": f"{shown['seconds'] / 60:.0f}",
         "machine": "{device}, {dtype}".format(**run.made["machine"]),
     }
+
+
+def window_of(run):
+    if run.window is None:
+        return "none"
+    return "{:.2f} to {:.2f}".format(*run.window) + " (by hand)" * run.window_is_by_hand
 
 
 def model_name(run):

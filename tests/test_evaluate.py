@@ -15,7 +15,7 @@ import metrics
 from model import Transformer, config_for
 from parallel import Cores, Ranks
 from records import read_records, write_records
-from safety import BadInput
+from safety import BadInput, write_json
 from snapshots import load_snapshot, save_snapshot
 from vocabulary import PYTHON_1024
 
@@ -252,6 +252,27 @@ def test_chosen_snapshots_are_even_with_those_of_the_phase_change(tmp_path):
         evaluate.choose_snapshots(tmp_path, 3)
 
 
+def test_the_summary_tells_where_the_phase_change_is(tmp_path):
+    """Not the records, once training is finished: somebody may have set it by hand."""
+    (tmp_path / "snapshots").mkdir()
+    change = 1 / (1 + np.exp(-(np.arange(101) - 60) / 4))
+    records = make_records(-0.4 * change, 0.7 * change)
+    for n in range(101):
+        (tmp_path / "snapshots" / f"step_{10 * n:07d}.pt").touch()
+    write_records(tmp_path / "measurements.npz", records)
+    found = evaluate.choose_snapshots(tmp_path, 2)[1]
+    summary = evaluate.summarise(records, records.__getitem__, (30, 80))
+    assert "phase change, set by hand, from 0.03M to 0.08M" in evaluate.conclusion(summary)
+    assert summary["icl_band_before"] == pytest.approx(records[30]["icl_band_score"])
+    assert summary["icl_band_after"] == pytest.approx(records[80]["icl_band_score"])
+    write_json(tmp_path / "summary.json", summary)
+    assert evaluate.choose_snapshots(tmp_path, 2)[1] == (300, 800)
+    (tmp_path / "snapshots" / "step_0000300.pt").unlink()  # what is not there cannot be ablated
+    assert evaluate.choose_snapshots(tmp_path, 2)[1] == found
+    write_json(tmp_path / "summary.json", summary | {"phase_change": None})
+    assert evaluate.choose_snapshots(tmp_path, 2)[1] == ()
+
+
 def test_records_come_back_exactly(tmp_path):
     noise = np.random.default_rng(0).normal(size=(3, 2, 5))
     records = [{"step": n, "a": row, "b": np.float32(row)} for n, row in enumerate(noise)]
@@ -316,6 +337,39 @@ def test_other_readings_of_copying_are_printed_too(run, text_file, model, exampl
     assert "takes one snapshot" in refused(capsys, command(run, text_file, "--copying-variants"))
 
 
+def test_a_phase_change_is_set_by_hand(run, text_file, capsys):
+    told = run / "summary.json"
+    by_hand = command(run, text_file, "--window", "0.0000", "0.0004")  # 0.0005: the second
+    assert "its training is not finished" in refused(capsys, by_hand)
+    write_json(told, {"tokens": 500, "phase_change": None})
+    assert "not measured yet" in refused(capsys, by_hand)
+    records = make_records(np.array([0, -0.1]), np.array([0, 0.1]))
+    for record, step in zip(records, (0, 5), strict=True):
+        record.update(step=step, tokens=100 * step)
+    write_records(run / "measurements.npz", records)
+    assert evaluate.main(by_hand) == 0
+    summary = json.loads(told.read_text())
+    assert "set by hand" in capsys.readouterr().out
+    change = summary["phase_change"]
+    assert change["by_hand"] and (change["start_step"], change["end_step"]) == (0, 5)
+    assert summary["tokens"] == 500 and summary["examples"] == 4
+    assert summary["icl_before"] != 0  # measured anew, not from the records
+    before = told.read_bytes()
+    for wrong in (
+        ("0.0005", "0"),
+        ("0", "0.0001"),
+        ("-1", "0.0005"),
+        ("0", "2"),
+        ("nan", "0.0005"),
+    ):
+        assert "two snapshots" in refused(capsys, command(run, text_file, "--window", *wrong))
+    snapshot = run / "snapshots" / "step_0000005.pt"
+    needs = "needs the folder of a run"
+    assert needs in refused(capsys, command(snapshot, text_file, "--window", "0", "1"))
+    assert needs in refused(capsys, [*by_hand, "--out", "a.npz"])
+    assert told.read_bytes() == before
+
+
 def test_a_run_is_measured_snapshot_by_snapshot(run, text_file, capsys):
     (run / "measurements.npz").write_bytes(b"training's own")
     (run / "summary.json").write_text(json.dumps({"tokens": 500, "examples": 1, "loss": 0.0}))
@@ -340,7 +394,7 @@ def test_a_summary_of_as_many_examples_is_kept(run, text_file, capsys):
 def test_some_snapshots_are_measured_beside_what_training_measured(run, text_file, capsys):
     assert evaluate.main(command(run, text_file)) == 0
     (run / "evaluation.npz").rename(run / "measurements.npz")
-    (run / "summary.json").write_text("{}")
+    (run / "summary.json").write_text(told := '{"phase_change": null}')
     before = (run / "measurements.npz").read_bytes()
     (run / "snapshots" / "step_best.pt").write_text("not train.py's")
     extra = run / "snapshots" / "step_0000003.pt"
@@ -352,7 +406,7 @@ def test_some_snapshots_are_measured_beside_what_training_measured(run, text_fil
     assert evaluate.main(command(run, text_file, "--snapshots", "2", *out)) == 0
     assert (run / "other.npz").exists()
     assert (run / "measurements.npz").read_bytes() == before
-    assert (run / "summary.json").read_text() == "{}"
+    assert (run / "summary.json").read_text() == told
 
 
 def test_another_corpus_than_the_one_trained_on_is_named(run, tmp_path, capsys):

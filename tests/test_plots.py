@@ -113,6 +113,16 @@ def test_the_window_is_shaded_where_there_is_one(runs):
     style.plt.close(figure)
 
 
+def test_a_window_set_by_hand_is_called_so(runs):
+    loaded = [load_run(run) for run in runs]
+    loaded[1].summary["phase_change"]["by_hand"] = True
+    figure = phase_change.draw(loaded)
+    axes = panels_of(figure, 4, 2)
+    titles = [ax.get_title().splitlines()[-1] for ax in axes[0]]
+    assert titles == ["attention-only", "window set by hand"]
+    style.plt.close(figure)
+
+
 def test_the_script_writes_a_picture_and_imports_no_torch(runs, tmp_path):
     program = (
         "import sys, runpy\n"
