@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 import evaluate
+import machine
 import metrics
 import substitute
 from attribution import QUANTITIES, Ablations
@@ -75,8 +76,8 @@ def main(argv=None):
     )
     args = parser.parse_args(argv)
     check_flags(args)
-    args.device = evaluate.pick_device(args.device)
-    args.kernels = evaluate.pick_kernels(args.kernels, args.device)
+    args.device = machine.pick_device(args.device)
+    args.kernels = machine.pick_kernels(args.kernels, args.device)
     ranks = Ranks(args.device)
     try:
         if args.substitute:

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 import evaluate
+import machine
 import metrics
 from measure import N_CTX, ROWS_AT_ONCE, draw_examples, gather_losses, head_scores
 from parallel import Cores
-from progress import describe_machine
 from records import stack
 from safety import BadInput
 from snapshots import load_snapshot
@@ -70,7 +70,7 @@ class Ablations:
 
     def machine(self):
         args, ranks = self.args, self.ranks
-        return describe_machine(args.device, self.cores, ranks.world, torch.float32, args.kernels)
+        return machine.describe(args.device, self.cores, ranks.world, torch.float32, args.kernels)
 
     def load(self, path):
         model, about = evaluate.load_fitting(path, self.corpus, self.args.kernels)

@@ -25,11 +25,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import bench_kernels
-import evaluate
+import machine
 import train
 from model import ModelConfig, Transformer, config_for
 from parallel import AVAILABLE_CORES, Cores, Ranks
-from progress import describe_machine
 from safety import ArgumentParser, BadInput, one_line_errors
 from sweep import ablation, preserving_patterns, sweep
 
@@ -125,8 +124,8 @@ def nanogpt_step(config, n_rows, tokens, device):
 
 def our_step(config, recipe, corpus, cores, device, dtype):
     """The body of train.py's loop."""
-    kernels = evaluate.pick_kernels(None, device)
-    with evaluate.multiplying_in(dtype, device) as dtype:
+    kernels = machine.pick_kernels(None, device)
+    with machine.multiplying_in(dtype, device) as dtype:
         model = Transformer(config, kernels, dtype).init_weights(0).to(device)
     parameters = list(model.parameters())
     optimizer = train.make_optimizer(model, recipe)
@@ -167,7 +166,7 @@ def bench_train(seconds, device):
     baseline = nanogpt_step(config, recipe.n_rows, corpus.train[0], device)
     # as users run them: name, cores for each operation, products, function
     steps = [("nanoGPT's recipe", AVAILABLE_CORES, DTYPE_OF_NANOGPT[device.type], baseline)]
-    for dtype in dict.fromkeys((evaluate.pick_dtype(None, device), DTYPE_OF_NANOGPT[device.type])):
+    for dtype in dict.fromkeys((machine.pick_dtype(None, device), DTYPE_OF_NANOGPT[device.type])):
         name = f"train.py, {str(dtype).removeprefix('torch.')}"
         ours = our_step(config, recipe, corpus, cores, device, dtype)
         steps.append((name, 1, dtype, ours))
@@ -180,7 +179,7 @@ def bench_train(seconds, device):
             return losses[-1].item()
 
         torch.set_num_threads(threads)
-        with evaluate.multiplying_in(dtype, device):
+        with machine.multiplying_in(dtype, device):
             return run(some_steps)
 
     for _, *how in steps:
@@ -217,7 +216,7 @@ def bench_train(seconds, device):
 def matmul_ceiling(dtype, device):
     """Operations a second of a large square product: what no training step can exceed."""
     torch.set_num_threads(AVAILABLE_CORES)
-    with evaluate.multiplying_in(dtype, device) as dtype:
+    with machine.multiplying_in(dtype, device) as dtype:
         return bench_kernels.matmul_ceiling(device, dtype)
 
 
@@ -234,7 +233,7 @@ def check_gradient(config, recipe, corpus, cores, device):
     batch = train.training_batch(corpus, config.n_ctx, min(8, recipe.n_rows), 0, 0)
     batch = [part.to(device) for part in batch]
     gradients = []
-    for kernels in ("reference", evaluate.pick_kernels(None, device)):
+    for kernels in ("reference", machine.pick_kernels(None, device)):
         model = Transformer(config, kernels).init_weights(0).to(device)
         total = train.loss_and_gradient(
             model, list(model.parameters()), *batch, batch[0].numel(), cores, Ranks(device)
@@ -453,12 +452,12 @@ def main(argv=None):
         help="default: results/bench.jsonl",
     )
     args = parser.parse_args(argv)
-    device = CPU if args.what == "ablate" else evaluate.pick_device(None)
+    device = CPU if args.what == "ablate" else machine.pick_device(None)
     # on a CPU tensors are float32; what bench_train multiplies in stands in its rows
-    dtype = torch.float32 if device == CPU else evaluate.pick_dtype(None, device)
-    kernels = evaluate.pick_kernels(None, device)
-    machine = describe_machine(device, Cores(CPU), 1, dtype, kernels)
-    print(f"{machine['device']}, torch {machine['torch']}, commit {machine['commit']}", flush=True)
+    dtype = torch.float32 if device == CPU else machine.pick_dtype(None, device)
+    kernels = machine.pick_kernels(None, device)
+    made_on = machine.describe(device, Cores(CPU), 1, dtype, kernels)
+    print("{device}, torch {torch}, commit {commit}".format(**made_on), flush=True)
     if args.what in MODEL_BENCHES:
         rows, line = MODEL_BENCHES[args.what]
         rows = rows(args.seconds, device)
@@ -468,7 +467,7 @@ def main(argv=None):
     args.json.parent.mkdir(parents=True, exist_ok=True)
     for row in rows:
         print(line(row), flush=True)
-        record = {"bench": args.what, **row, "machine": machine, "date": time.strftime("%Y-%m-%d")}
+        record = {"bench": args.what, **row, "machine": made_on, "date": time.strftime("%Y-%m-%d")}
         with open(args.json, "a") as file:
             file.write(json.dumps(record) + "\n")
     print(f"-> {args.json}")

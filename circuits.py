@@ -35,6 +35,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import machine
 import metrics
 from evaluate import (
     HEAD_SCORES,
@@ -44,7 +45,6 @@ from evaluate import (
     choose_snapshots,
     corpus_of,
     load_fitting,
-    pick_device,
     snapshots_of,
 )
 from measure import draw_examples, head_scores
@@ -387,7 +387,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     check_snapshots(args)
     check_out(args.out, ".json")
-    device = pick_device(args.device)
+    device = machine.pick_device(args.device)
     is_run = args.path.is_dir()
     if args.snapshots:
         paths = list(choose_snapshots(args.path, args.snapshots)[0].values())

@@ -19,8 +19,6 @@ copies of the present token; beside it stand the attention to the *earlier copy*
 token *before it*, near 0 in a head that does nothing but induction.
 """
 
-import contextlib
-import importlib.util
 import re
 import sys
 import time
@@ -29,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import machine
 import metrics
 from corpora import BUILT_IN, open_corpus
 from measure import N_CTX, copying_variants, draw_examples, measure
@@ -38,8 +37,6 @@ from safety import ArgumentParser, BadInput, check_out, one_line_errors, read_js
 from snapshots import load_snapshot
 
 HEAD_SCORES = ("prefix_matching", "copying", "previous_token")
-KERNELS = ("reference", "torch", "triton")
-DTYPES = {torch.float32: "ieee", torch.bfloat16: "bf16"}  # as PyTorch's settings name them
 
 
 def find_phase_change(records):
@@ -206,70 +203,15 @@ def conclusion(summary):
     )
 
 
-def pick_device(name):
-    """--device, or the GPU if there is one."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda: PyTorch sees no GPU here; leave it out to use the CPU")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def pick_kernels(name, device):
-    """--kernels, or those made for the device: Triton's for NVIDIA's GPUs from Ampere on."""
-    fit = is_ampere(device) and not torch.version.hip and importlib.util.find_spec("triton")
-    if name == "triton" and not fit:
-        raise BadInput(
-            "--kernels triton: they run on a GPU, NVIDIA's of compute capability 8.0 or later, with"
-            " Triton installed; leave it out to use PyTorch's"
-        )
-    return name or ("triton" if fit else "torch")
-
-
-def pick_dtype(name, device):
-    """--dtype, of matrix products in training, or bfloat16 where the device has matrix instructions
-    for it: GPUs from Ampere on, CPUs with AMX.
-    """
-    has_bfloat16 = is_ampere(device) if device.type == "cuda" else has_amx()
-    if name == "bfloat16" and not has_bfloat16:
-        raise BadInput("--dtype bfloat16: no matrix instructions for it here; leave it out")
-    return getattr(torch, name or ("bfloat16" if has_bfloat16 else "float32"))
-
-
-def has_amx():
-    return torch.cpu.get_capabilities().get("amx_bf16", False)
-
-
-@contextlib.contextmanager
-def multiplying_in(dtype, device):
-    """Matrix products within it are in dtype; yields the dtype that a Transformer then takes.
-
-    On a CPU that is float32 all the same: with AMX, PyTorch rounds only what it multiplies to
-    bfloat16, on the way into the product, and adds up and returns float32.
-    """
-    if device.type == "cuda":
-        yield dtype
-        return
-    matmul = torch.backends.mkldnn.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, DTYPES[dtype]
-    try:
-        yield torch.float32
-    finally:
-        matmul.fp32_precision = before
-
-
-def is_ampere(device):
-    """Or a later GPU."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 def add_flags(add):
     """The flags of everything that is measured on held-out examples."""
     add("--examples", type=int, default=1000, help="of 512 tokens, held out (default: 1000)")
     add_corpus_flags(add)
-    add("--kernels", choices=KERNELS, help="default: triton on a GPU, else torch")
+    add("--kernels", choices=machine.KERNELS, help="default: triton on a GPU, else torch")
 
 
 def add_corpus_flags(add):
-    """What `corpus_of` and `pick_device` need."""
+    """What `corpus_of` and `machine.pick_device` need."""
     add("--data", help="corpus to measure on (default: the one trained on, if it is built in)")
     add("--vocabulary", metavar="FILE", help="gpt2 or a .tiktoken file (default: the corpus's)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
@@ -306,8 +248,8 @@ def main(argv=None):
         raise BadInput("--window needs the folder of a run, and neither --snapshots nor --out")
     if args.copying_variants and args.path.is_dir():
         raise BadInput(f"--copying-variants takes one snapshot, and {args.path} is a folder")
-    args.device = pick_device(args.device)
-    args.kernels = pick_kernels(args.kernels, args.device)
+    args.device = machine.pick_device(args.device)
+    args.kernels = machine.pick_kernels(args.kernels, args.device)
     ranks = Ranks(args.device)
     try:
         if args.window:

@@ -29,7 +29,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluate import add_corpus_flags, corpus_of, load_fitting, pick_device, snapshots_of, step_of
+import machine
+from evaluate import add_corpus_flags, corpus_of, load_fitting, snapshots_of, step_of
 from parallel import Ranks
 from records import stack, write_arrays
 from safety import ArgumentParser, BadInput, one_line_errors, read_json
@@ -137,7 +138,7 @@ def main(argv=None):
     add("path", type=Path, help="the folder of a run")
     add_corpus_flags(add)
     args = parser.parse_args(argv)
-    device, out = pick_device(args.device), args.path / "passage.npz"
+    device, out = machine.pick_device(args.device), args.path / "passage.npz"
     paths = snapshots_of(args.path)
     corpus = corpus_of(args, load_snapshot(paths[0])[1]["corpus"], Ranks(device))
     change = read_json(args.path / "summary.json")["phase_change"]

@@ -1,15 +1,7 @@
-"""What a run tells about itself: its header, its progress, where its time went, what it ran on."""
+"""What a run tells about itself: its header, its progress, where its time went."""
 
 import contextlib
-import platform
-import shlex
-import shutil
-import subprocess
-import sys
 import time
-from pathlib import Path
-
-import torch
 
 import evaluate
 from measure import N_CTX
@@ -99,41 +91,3 @@ def header(args, model, corpus, recipe, n_steps, n_snapshots, machine):
         f" {n_snapshots} snapshots, measured on {recipe.n_examples:,} examples of"
         f" {N_CTX} tokens{whole}"
     )
-
-
-def describe_machine(device, cores, world, dtype, kernels):
-    """What a measured number has to travel with."""
-    name = f"{cpu_name()}, {cores.count} core{'s' * (cores.count > 1)}"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name()
-    return {
-        "device": name if world == 1 else f"{world} processes of {name}",
-        "dtype": str(dtype).removeprefix("torch."),
-        "kernels": kernels,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit_of(Path(__file__).parent),
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
-
-
-def commit_of(folder):
-    """The commit that is checked out there; "-dirty" if anything but results/ has changed since.
-    None if that cannot be known.
-    """
-
-    def git(*arguments):
-        command = ["git", "-C", folder, *arguments]
-        return subprocess.run(command, capture_output=True, text=True)
-
-    if not shutil.which("git") or not (name := git("describe", "--always").stdout.strip()):
-        return None
-    unchanged = git("diff", "--quiet", "HEAD", "--", ".", ":!results").returncode == 0
-    return name if unchanged else f"{name}-dirty"
-
-
-def cpu_name():
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -23,7 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluate import add_corpus_flags, check_losses, corpus_of, load_fitting, pick_device
+import machine
+from evaluate import add_corpus_flags, check_losses, corpus_of, load_fitting
 from measure import logit_effect
 from model import layer_norm_divisor
 from parallel import Ranks
@@ -408,7 +409,7 @@ def main(argv=None):
     add("--out", type=Path, help="JSON file for the record (default: none)")
     args = parser.parse_args(argv)
     check_out(args.out, ".json")
-    device = pick_device(args.device)
+    device = machine.pick_device(args.device)
     corpus = corpus_of(args, load_snapshot(args.path)[1]["corpus"], Ranks(device))
     model, about = load_fitting(args.path, corpus)
     model, encoding = model.to(device), load_vocabulary(corpus.vocabulary)

@@ -23,12 +23,13 @@ from pathlib import Path
 import torch
 
 import evaluate
+import machine
 from corpora import open_corpus
 from data import training_batch
 from measure import N_CTX, draw_examples, measure
 from model import SCALES, SERIES, ModelConfig, Transformer, config_for, count_parameters
 from parallel import Cores, Ranks
-from progress import Clock, Progress, describe_machine, header
+from progress import Clock, Progress, header
 from records import RunFolder
 from safety import ArgumentParser, BadInput, one_line_errors
 from snapshots import load_snapshot
@@ -137,16 +138,16 @@ def parse_args(argv):
     add("--resume", action="store_true", help="go on with the run that the same command began")
     # the machine
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    add("--kernels", choices=evaluate.KERNELS, help="default: triton on a GPU, else torch")
+    add("--kernels", choices=machine.KERNELS, help="default: triton on a GPU, else torch")
     add(
         "--dtype",
         choices=("float32", "bfloat16"),
         help="of matrix products (default: bfloat16 if the machine has instructions for them)",
     )
     args = parser.parse_args(argv)
-    args.device = evaluate.pick_device(args.device)
-    args.kernels = evaluate.pick_kernels(args.kernels, args.device)
-    args.dtype = evaluate.pick_dtype(args.dtype, args.device)
+    args.device = machine.pick_device(args.device)
+    args.kernels = machine.pick_kernels(args.kernels, args.device)
+    args.dtype = machine.pick_dtype(args.dtype, args.device)
     if args.model:
         sizes = (args.scale, args.layers, args.d_model, args.heads, args.d_head)
         if args.attn_only or args.smear or any(size is not None for size in sizes):
@@ -307,7 +308,7 @@ def main(argv=None):
     args = parse_args(argv)
     ranks = Ranks(args.device)
     try:
-        with evaluate.multiplying_in(args.dtype, args.device) as dtype:
+        with machine.multiplying_in(args.dtype, args.device) as dtype:
             return train(args, ranks, dtype)
     finally:
         ranks.close()
@@ -341,7 +342,7 @@ def train(args, ranks, dtype):
     }
     about = {
         "scale": args.scale,
-        "machine": describe_machine(args.device, cores, ranks.world, args.dtype, args.kernels),
+        "machine": machine.describe(args.device, cores, ranks.world, args.dtype, args.kernels),
     }
     folder = args.out or Path("runs") / default_name(args)
     check_space(folder, len(schedule), 4 * count_parameters(model)[0])

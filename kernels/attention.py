@@ -15,7 +15,7 @@ multiplies its empty upper half too. The CPU path (`_TiledAttention`) goes down 
 in matrix products large enough to run at the speed of the machine. It keeps the pattern for the
 backward pass, which then needs no second softmax; that is the bargain that
 `F.scaled_dot_product_attention` does not offer, and right as long as the pattern fits
-(`KEEP_PATTERN_BYTES`). Where products are in bfloat16 (`evaluate.multiplying_in`) they are so fast
+(`KEEP_PATTERN_BYTES`). Where products are in bfloat16 (`machine.multiplying_in`) they are so fast
 that tiles of 256 queries are better, 75 % of the square.
 
 A run that is to be repeated with its pattern frozen is remembered by q, k and

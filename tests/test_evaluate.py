@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
+import machine
 import measure
 import metrics
 from model import Transformer, config_for
@@ -479,18 +480,18 @@ def test_kernels_and_dtype_are_what_the_gpu_has(
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: installed or None)
-    assert evaluate.pick_kernels(None, gpu) == kernels
-    assert evaluate.pick_kernels("reference", gpu) == "reference"
-    assert evaluate.pick_dtype(None, gpu) == dtype
-    assert evaluate.pick_dtype("float32", gpu) == torch.float32
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: installed or None)
+    assert machine.pick_kernels(None, gpu) == kernels
+    assert machine.pick_kernels("reference", gpu) == "reference"
+    assert machine.pick_dtype(None, gpu) == dtype
+    assert machine.pick_dtype("float32", gpu) == torch.float32
     if dtype == torch.float32:
         with pytest.raises(BadInput, match="no matrix instructions"):
-            evaluate.pick_dtype("bfloat16", gpu)
+            machine.pick_dtype("bfloat16", gpu)
     if kernels != "triton":
         with pytest.raises(BadInput, match="8.0"):
-            evaluate.pick_kernels("triton", gpu)
-    assert evaluate.pick_kernels(None, torch.device("cpu")) == "torch"
+            machine.pick_kernels("triton", gpu)
+    assert machine.pick_kernels(None, torch.device("cpu")) == "torch"
 
 
 @pytest.mark.parametrize(
@@ -503,28 +504,28 @@ def test_kernels_and_dtype_are_what_the_gpu_has(
 )
 def test_a_cpu_multiplies_in_bfloat16_if_it_has_amx(monkeypatch, capabilities, dtype):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert evaluate.pick_dtype(None, CPU) == dtype
-    assert evaluate.pick_dtype("float32", CPU) == torch.float32
+    assert machine.pick_dtype(None, CPU) == dtype
+    assert machine.pick_dtype("float32", CPU) == torch.float32
     if dtype == torch.float32:
         with pytest.raises(BadInput, match="no matrix instructions"):
-            evaluate.pick_dtype("bfloat16", CPU)
+            machine.pick_dtype("bfloat16", CPU)
 
 
 def test_products_are_in_bfloat16_within_and_in_float32_after():
     a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
     exact = a.double() @ b.double()
     rounded = a.bfloat16().double() @ b.bfloat16().double()
-    with evaluate.multiplying_in(torch.bfloat16, CPU) as dtype:
+    with machine.multiplying_in(torch.bfloat16, CPU) as dtype:
         assert dtype == torch.float32
         within = a @ b
-        with evaluate.multiplying_in(torch.float32, CPU):
+        with machine.multiplying_in(torch.float32, CPU):
             assert torch.allclose((a @ b).double(), exact, atol=1e-3)
     assert within.dtype == torch.float32
-    if evaluate.has_amx():  # nothing but the factors is rounded
+    if machine.has_amx():  # nothing but the factors is rounded
         assert torch.allclose(within.double(), rounded, atol=1e-3)
         assert not torch.allclose(rounded, exact, atol=1e-2)
     assert torch.allclose((a @ b).double(), exact, atol=1e-3)
-    with pytest.raises(KeyError), evaluate.multiplying_in(torch.bfloat16, CPU):
+    with pytest.raises(KeyError), machine.multiplying_in(torch.bfloat16, CPU):
         raise KeyError
     assert torch.allclose((a @ b).double(), exact, atol=1e-3)
 

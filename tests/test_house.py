@@ -17,9 +17,11 @@ ALLOWED = {
     "model": {"safety", "kernels"},
     "snapshots": {"safety", "model"},
     "records": {"safety", "snapshots"},
+    "machine": {"safety"},
     "measure": {"safety", "metrics", "data", "kernels"},
     "evaluate": {
         "safety",
+        "machine",
         "parallel",
         "metrics",
         "data",
@@ -32,6 +34,7 @@ ALLOWED = {
     "circuits": {
         "plots",  # coefficients of correlation: numpy alone
         "safety",
+        "machine",
         "parallel",
         "metrics",
         "model",
@@ -42,6 +45,7 @@ ALLOWED = {
     },
     "tasks": {
         "safety",
+        "machine",
         "parallel",
         "vocabulary",
         "model",
@@ -52,6 +56,7 @@ ALLOWED = {
     },
     "passage": {
         "safety",
+        "machine",
         "parallel",
         "vocabulary",
         "snapshots",
@@ -64,8 +69,8 @@ ALLOWED = {
     "sweep": {"model", "kernels"},
     "substitute": {"metrics", "measure", "evaluate", "sweep"},
     "attribution": {
-        "progress",
         "safety",
+        "machine",
         "parallel",
         "metrics",
         "snapshots",
@@ -78,6 +83,7 @@ ALLOWED = {
         "plots",
         "progress",
         "safety",
+        "machine",
         "parallel",
         "metrics",
         "data",
@@ -90,6 +96,7 @@ ALLOWED = {
     "train": {
         "progress",
         "safety",
+        "machine",
         "parallel",
         "data",
         "corpora",
@@ -101,14 +108,13 @@ ALLOWED = {
     },
     "bench_kernels": {"safety", "parallel", "metrics", "kernels"},
     "bench": {
-        "progress",
         "safety",
+        "machine",
         "parallel",
         "data",
         "corpora",
         "model",
         "measure",
-        "evaluate",
         "train",
         "kernels",
         "bench_kernels",

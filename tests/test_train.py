@@ -20,13 +20,13 @@ import numpy as np
 import pytest
 import torch
 
-import evaluate
+import machine
 import records
 import train
 from corpora import open_corpus
 from model import Transformer, config_for
 from parallel import Ranks
-from progress import Clock, Progress, commit_of
+from progress import Clock, Progress
 from records import RunFolder, read_records, write_records
 from safety import BadInput
 from snapshots import load_snapshot
@@ -144,7 +144,7 @@ def test_a_run_leaves_its_records(workplace, text_file, capsys):
     made = json.loads((run / "run.json").read_text())
     assert made["corpus"]["sha256"] == summary["corpus_sha256"]
     assert made["machine"]["kernels"] == "torch"
-    assert made["machine"]["dtype"] == ("bfloat16" if evaluate.has_amx() else "float32")
+    assert made["machine"]["dtype"] == ("bfloat16" if machine.has_amx() else "float32")
     out = capsys.readouterr().out
     assert "1 layer" in out and str(run.name) in out.splitlines()[-1]
 
@@ -157,7 +157,7 @@ def test_a_small_text_is_measured_at_the_end_on_all_that_it_holds_out(workplace,
 
 @pytest.mark.skipif(not shutil.which("git"), reason="needs git")
 def test_a_commit_is_dirty_if_code_was_changed_but_not_if_results_were(tmp_path):
-    assert commit_of(tmp_path) is None
+    assert machine.commit_of(tmp_path) is None
     code, result = tmp_path / "code.py", tmp_path / "results" / "record.json"
     result.parent.mkdir()
     for path in code, result:
@@ -165,11 +165,11 @@ def test_a_commit_is_dirty_if_code_was_changed_but_not_if_results_were(tmp_path)
     author = ["-c", "user.name=A", "-c", "user.email=a@b.c"]
     for command in (["init"], ["add", "."], [*author, "commit", "-m", "first"]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True, capture_output=True)
-    clean = commit_of(tmp_path)
+    clean = machine.commit_of(tmp_path)
     result.write_text("after")
-    assert commit_of(tmp_path) == clean
+    assert machine.commit_of(tmp_path) == clean
     code.write_text("after")
-    assert commit_of(tmp_path) == f"{clean}-dirty"
+    assert machine.commit_of(tmp_path) == f"{clean}-dirty"
 
 
 def test_the_same_seed_gives_the_same_losses_and_another_seed_others(workplace, text_file):
@@ -185,7 +185,7 @@ def test_kernels_agree_on_the_curve(workplace, text_file):
     assert losses("fast") == pytest.approx(losses("reference"), abs=1e-4)
 
 
-@pytest.mark.skipif(not evaluate.has_amx(), reason="needs a CPU with AMX")
+@pytest.mark.skipif(not machine.has_amx(), reason="needs a CPU with AMX")
 def test_products_in_bfloat16_give_the_same_curve(workplace, text_file):
     for dtype in ("float32", "bfloat16"):
         assert train.main(flags(text_file, "--dtype", dtype, steps=50, out=dtype)) == 0
@@ -540,7 +540,7 @@ def test_an_existing_run_is_not_overwritten(workplace, text_file, capsys):
         pytest.param(
             ["--dtype", "float32"],
             "--dtype",
-            marks=pytest.mark.skipif(not evaluate.has_amx(), reason="needs a CPU with AMX"),
+            marks=pytest.mark.skipif(not machine.has_amx(), reason="needs a CPU with AMX"),
         ),
     ],
 )
