@@ -29,6 +29,15 @@ def nearest(tokens, when):
 # --- over training
 
 
+def half_way(tokens, values):
+    """Tokens by which `values` [snapshot] have made half their way from the first to the last, in
+    proportion between snapshots (metrics.half_way: the snapshot).
+    """
+    way = (values - values[0]) / (values[-1] - values[0])
+    after = int(np.argmax(way >= 0.5))
+    return float(np.interp(0.5, way[after - 1 : after + 1], tokens[after - 1 : after + 1]))
+
+
 def curvature(tokens, loss, reach=5):
     """d2 loss / d tokens2 and its standard error, [snapshot] each: of the parabola that fits the
     2 x reach + 1 snapshots around best; nan where there are fewer.

@@ -100,6 +100,27 @@ def they_come_together(runs):
     yield check("snapshots apart", by_name(deep(runs), apart), lambda n: abs(n) <= 2, "+.0f")
     yield check("windows from (M tokens)", by_name(changed, lambda run: run.window[0]), form=".1f")
     yield check("until", by_name(changed, lambda run: run.window[1]), form=".1f")
+    found = by_name(having(changed, "circuits.json"), half_ways)
+    for n, what in enumerate(
+        ("in-context learning after prefix matching", "nats of copying after it")
+    ):
+        later = {name: times[n + 1] - times[n] for name, times in found.items()}
+        if later:  # told, not judged
+            yield check(f"{what} (M tokens)", later)
+
+
+def half_ways(run):
+    """When half of its change has come, M tokens: of the best prefix matching, of in-context
+    learning, and of the nats by which the head that matches best raises what it attends to.
+    """
+    measured, snapshots = run.measurements, run.circuits["snapshots"]
+    matching = measured["prefix_matching"].reshape(len(measured["tokens"]), -1)
+    best = matching[-1].argmax()
+    raised = np.array([snapshot["heads"][best]["ov_raise"] for snapshot in snapshots])
+    tokens = np.array([snapshot["tokens"] for snapshot in snapshots])
+    curves = [matching.max(axis=1), measured["icl_band_score"]]
+    times = [analysis.half_way(measured["tokens"], analysis.smooth(curve)) for curve in curves]
+    return np.array([*times, analysis.half_way(tokens, raised)]) / 1e6
 
 
 @claim(

@@ -9,6 +9,7 @@ import metrics
 TOKENS = np.linspace(0, 8e6, 89)
 WINDOW = 3.4e6, 4.6e6
 EVALUATED = np.array([1e5, *WINDOW, 8e6])
+HALF_WAYS = {"matching": 3.95e6, "icl": 4.02e6, "copying": 4.5e6}
 
 GOOD = {
     # in-context learning, nats: where the window starts, where it ends, at the end
@@ -149,6 +150,8 @@ def make_run(folder, knobs, n_layers, mlp=False, width=128, smear=False, rank=0,
         tokens=TOKENS,
         loss=loss_curve(knobs, lacks, rank),
         per_token_loss=np.zeros((len(TOKENS), 88)),
+        icl_band_score=-0.4 * way(TOKENS, HALF_WAYS["icl"]),
+        prefix_matching=way(TOKENS, HALF_WAYS["matching"])[:, None, None] * scores_of(heads),
     )
     slope = "one_slope" if lacks else "slope_after"
     turns = [knobs["one_turn"]] * 2 if lacks else [knobs["turn"], knobs["turn_after"]]
@@ -161,7 +164,11 @@ def make_run(folder, knobs, n_layers, mlp=False, width=128, smear=False, rank=0,
     )
     if n_layers > 1:
         write_ablations(folder, knobs, heads, n_layers)
-    write(folder / "circuits.json", {"snapshots": [{"heads": circuits(heads, knobs)}]})
+    snapshots = [
+        {"tokens": float(tokens), "heads": circuits(heads, knobs, raised)}
+        for tokens, raised in zip(TOKENS, way(TOKENS, HALF_WAYS["copying"]), strict=True)
+    ]
+    write(folder / "circuits.json", {"snapshots": snapshots})
     if folder.name == "2L":
         copies = knobs["copies"]
         shares = {"previous": knobs["previous"], "induction": copies}
@@ -182,6 +189,15 @@ def make_heads(knobs, n_layers, lacks, layer):
         scores = (row[name] for name in ("prefix_matching", "copying", "previous_token"))
         rows.append({**row, "class": metrics.head_class(*scores)})
     return rows
+
+
+def scores_of(heads):
+    return np.array([row["prefix_matching"] for row in heads]).reshape(-1, 2)
+
+
+def way(tokens, centre):
+    """From 0 to 1, half of it by that many tokens."""
+    return np.interp(tokens, [centre - 5e5, centre + 5e5], [0, 1])
 
 
 def loss_curve(knobs, lacks, rank):
@@ -241,7 +257,7 @@ def write_ablations(folder, knobs, heads, n_layers):
     )
 
 
-def circuits(heads, knobs):
+def circuits(heads, knobs, raised):
     rows = []
     for row in heads:
         first = row["head"].startswith("0:")
@@ -251,7 +267,7 @@ def circuits(heads, knobs):
             "ov_copying": -copying,
             "qk_match": -10 * match,
         }  # on all paths, which do not count
-        rows.append({**row, **direct, **every})
+        rows.append({**row, **direct, **every, "ov_raise": 7 * raised})
     return rows
 
 

@@ -50,6 +50,13 @@ def test_heads_that_do_one_or_the_other_are_no_induction_heads(tmp_path):
     assert judge("Q13 (A4)", make_world(tmp_path / "mini", copying=-0.99)) == "not reproduced"
 
 
+def test_what_is_half_way_when_is_told(good):
+    """By straight ways from 0 to the end of training, half of them at times of the records'."""
+    told = [str(found) for found in BY_NAME["Q3"].judge(load_all(good))]
+    assert "in-context learning after prefix matching (M tokens) +0.07" in told
+    assert "nats of copying after it (M tokens) +0.48" in told
+
+
 # the last value of a knob that still counts, and one that does not
 @pytest.mark.parametrize(
     "name, knob, counts, does_not",
