@@ -56,6 +56,16 @@ def test_a_text_corpus_decodes_to_its_documents(text_file, corpus):
     assert corpus.d_vocab == 1024
 
 
+def test_a_separator_within_a_line_is_text_like_any_other(tmp_path):
+    text = f"the token {END_OF_TEXT} of a page on vocabularies\n" * 100
+    (tmp_path / "one.txt").write_text(text)
+    corpus = open_corpus(str(tmp_path / "one.txt"), PYTHON_1024, root=tmp_path)
+    encoding = load_vocabulary(corpus.vocabulary)
+    stream = np.concatenate([corpus.train[0], corpus.val[0]])
+    assert (stream == encoding.eot_token).nonzero()[0].tolist() == [0]
+    assert encoding.decode(stream[1:].tolist()) == text
+
+
 def test_one_document_in_twenty_is_held_out_whole(text_file, corpus):
     held_out = [text for out, text in text_documents(text_file) if out]
     encoding = load_vocabulary(corpus.vocabulary)
