@@ -13,6 +13,8 @@ does not have:
 
     recovered = (loss ablated - loss substituted) / (loss ablated - loss clean)
 
+Beside it stands what is left of in-context learning, between bands (metrics.band_score).
+
 The two induction patterns are taken literally ("free": no parameter), and with attention fitted,
 on other examples than those they are measured on: the first token has score 0, a match `match`, and
 `longer` more if the token before matches too.
@@ -25,7 +27,7 @@ import torch
 
 import evaluate
 from measure import ROWS_AT_ONCE, gather_losses
-from metrics import prefix_matching_keys
+from metrics import band_score, prefix_matching_keys
 from sweep import ablation, heads_in
 
 PATTERNS = ("previous", "induction", "induction2")
@@ -84,13 +86,13 @@ def recovered(clean, ablated, substituted):
 
 
 def example_losses(model, examples, hook_for, cores, ranks):
-    """Mean loss of every example, [example], with the hook that its inputs need."""
+    """Losses [example, pos] with the hook that their inputs need."""
 
     @torch.no_grad()
     def of_rows(inputs, targets):
         at_once = ROWS_AT_ONCE[inputs.device.type]
         rows = zip(inputs.split(at_once), targets.split(at_once), strict=True)
-        return torch.cat([model.losses(*some, hook_for(some[0])).mean(dim=1) for some in rows])
+        return torch.cat([model.losses(*some, hook_for(some[0])) for some in rows])
 
     return gather_losses(cores(of_rows, *map(ranks.share, examples)), ranks).cpu()
 
@@ -110,7 +112,7 @@ def fit(name, losses):
 
 
 def substitute(model, name, heads, measured, others, means, cores, ranks):
-    """What idealising the heads' patterns together recovers: a row of losses and shares.
+    """What idealising the heads' patterns together recovers: a row of losses, shares and scores.
 
     measured, others: inputs and targets [example, pos], to measure and to fit on; means: of all
     heads' results, [layer, head, d_head].
@@ -138,8 +140,10 @@ def substitute(model, name, heads, measured, others, means, cores, ranks):
     }
     by_name = {"clean": clean, **ablated, **substituted}
     row |= {f"loss_{what}": values.mean().item() for what, values in by_name.items()}
+    row |= {f"icl_band_{what}": band_score(values) for what, values in by_name.items()}
+    means = {what: values.mean(dim=1) for what, values in by_name.items()}
     for by, how in itertools.product(ablated, substituted):
-        row[f"recovered_{by}_{how}"] = recovered(clean, ablated[by], substituted[how])
+        row[f"recovered_{by}_{how}"] = recovered(means["clean"], means[by], means[how])
     return row
 
 
@@ -159,3 +163,9 @@ def print_rows(rows):
         texts = [shown(row[f"recovered_{n}"]) if f"recovered_{n}" in row else "" for n in shares]
         print(f"{' '.join(row['heads']):>12}" + "".join(f"{text:>10}" for text in values), end="")
         print("".join(f"{text:>16}" for text in texts))
+    print(f"in-context learning between bands:\n{'heads':>12}", end="")
+    print("".join(f"{name:>16}" for name in losses))
+    for row in rows:
+        scores = [row.get(f"icl_band_{n}") for n in losses]
+        texts = ["" if score is None else "{:+.3f} +- {:.3f}".format(*score) for score in scores]
+        print(f"{' '.join(row['heads']):>12}" + "".join(f"{text:>16}" for text in texts))

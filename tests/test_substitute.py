@@ -5,8 +5,10 @@ import pytest
 import torch
 
 import substitute
+from data import evaluation_rows
+from model import Transformer, config_for
 from parallel import Cores, Ranks
-from substitute import idealised_pattern, recovered
+from substitute import idealised_pattern, recovered, substitution
 from sweep import mean_results
 from tests.circuits_by_hand import N_TOKENS, induction_circuit
 
@@ -68,6 +70,29 @@ def test_recovered_by_hand():
     assert share == pytest.approx(0.5)  # 1.5 of 2 and 1.5 of 4
     assert error == pytest.approx(1 / 6)  # half of their costs would be 1 and 2: each 0.5 off, of 3
     assert recovered(clean, clean + 0.005, clean) is None  # too cheap to divide by
+
+
+def test_in_context_learning_is_that_of_the_substituted_run(corpus):
+    """By hand: the model with that pattern in it, row by row."""
+    model = Transformer(config_for("mini", 2, True, corpus.d_vocab)).init_weights(0)
+    with torch.no_grad():
+        model.unembed["W_U"] *= 10  # so that heads matter
+    rows = evaluation_rows(corpus, 512, 6)
+    measured, others = zip(*(x.split(4) for x in rows), strict=True)
+    means = torch.zeros(2, 2, 64)
+    row = substitute.substitute(
+        model, "induction", [(1, 1)], measured, others, means, Cores(CPU, 2), Ranks(CPU)
+    )
+    by_hand = []
+    for inputs, targets in zip(*measured, strict=True):
+        hook = substitution([(1, 1)], idealised_pattern("induction", inputs[None]))
+        with torch.no_grad():
+            losses = model.losses(inputs[None], targets[None], hook)[0]
+        by_hand.append((losses[399:511].mean() - losses[29:70].mean()).item())
+    score, error = row["icl_band_free"]
+    assert score == pytest.approx(np.mean(by_hand), abs=1e-5)
+    assert error == pytest.approx(np.std(by_hand, ddof=1) / 2, rel=1e-3)
+    assert row["icl_band_clean"][0] != pytest.approx(score, abs=1e-5)
 
 
 def test_fitting_finds_the_best_of_the_grid():
