@@ -228,7 +228,7 @@ def take_up(setup, out, unfinished):
             )
     records = read_records(began) if began.exists() else []
     setup.ranks.wait()  # until all have looked: what the first writes is not what they look for
-    if setup.ranks.is_first and not records:
+    if setup.ranks.is_first and began != unfinished:
         write_about(setup, unfinished)
     return records
 

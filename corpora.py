@@ -64,7 +64,8 @@ def open_corpus(data="python", vocabulary=None, n_tokens=0, root=CORPUS_FOLDER):
     if data != "python" and (path.suffix == ".bin" or list(path.glob("*.bin"))):
         return _open_shards(path, vocabulary or "gpt2")
     vocabulary = vocabulary or (PYTHON_1024 if data == "python" else "gpt2")
-    folder = Path(root) / f"{path.stem}-{Path(vocabulary).stem}"
+    # "." has a name, too
+    folder = Path(root) / f"{Path(os.path.abspath(data)).stem}-{Path(vocabulary).stem}"
     fingerprint = _fingerprint(data, vocabulary)
     if not (folder / "meta.json").exists() or _read_meta(folder)["fingerprint"] != fingerprint:
         _prepare(folder, data, vocabulary, fingerprint)
@@ -115,11 +116,8 @@ def python_documents():
             continue
         try:
             text = path.read_text(encoding="utf-8")
-        except (
-            UnicodeDecodeError,
-            FileNotFoundError,
-        ):  # old encodings in the library's corners; an incomplete installation
-            continue
+        except (UnicodeDecodeError, FileNotFoundError):
+            continue  # an old encoding in the library's corners; an incomplete installation
         # a table is mostly digits and punctuation: ordinary code is four fifths letters
         dense = "".join(text.split()).encode()
         letters = len(dense) - len(
@@ -173,15 +171,16 @@ def _distributions():
 TEXT_HELD_OUT = 20  # one document in twenty
 
 
+def text_files(path):
+    """A text file itself, or all .txt, .gz and .xz files under a folder."""
+    if path.is_file():
+        return [path]
+    return sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".gz", ".xz"))
+
+
 def text_documents(path):
-    """Documents of a text file, or of all .txt, .gz and .xz files under a folder; a line
-    <|endoftext|> ends a document.
-    """
-    files = (
-        [path]
-        if path.is_file()
-        else sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".gz", ".xz"))
-    )
+    """Documents of the text files there; a line <|endoftext|> ends a document."""
+    files = text_files(path)
     if not files:
         raise BadInput(f"--data {path}: no .txt, .gz, .xz or .bin file in this folder")
     for file in files:
@@ -274,9 +273,8 @@ def _fingerprint(data, vocabulary):
     if data == "python":
         parts = [sys.version, *(f"{d.name} {d.version}" for d in _distributions())]
     else:
-        path = Path(data)
-        files = [path] if path.is_file() else sorted(path.rglob("*"))
-        parts = [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+        files = [(file, file.stat()) for file in text_files(Path(data))]
+        parts = [f"{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in files]
     if vocabulary != "gpt2":
         parts.append(hashlib.sha256(Path(vocabulary).read_bytes()).hexdigest())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -306,20 +304,16 @@ def _open_shards(path, vocabulary):
     """
     files = [path] if path.is_file() else sorted(path.glob("*.bin"))
     held_out = [file for file in files if re.search(r"(^|[_-])val", file.name)]
-    train, val = (
-        [read_shard(file) for file in files if file not in held_out],
-        [read_shard(file) for file in held_out],
-    )
+    train = [read_shard(file) for file in files if file not in held_out]
+    val = [read_shard(file) for file in held_out]
     if not train or not val:
         *train, last = train + val
         cut = len(last) - len(last) // 10
         train, val = [*train, last[:cut]], [last[cut:]]
-    encoding = None if vocabulary == "gpt2" else load_vocabulary(vocabulary)
-    d_vocab, start = (
-        (GPT2_TOKENS, GPT2_TOKENS - 1)
-        if encoding is None
-        else (encoding.n_vocab, encoding.eot_token)
-    )
+    d_vocab, start = GPT2_TOKENS, GPT2_TOKENS - 1
+    if vocabulary != "gpt2":  # which tiktoken would download
+        encoding = load_vocabulary(vocabulary)
+        d_vocab, start = encoding.n_vocab, encoding.eot_token
     return Corpus(path.stem, vocabulary, d_vocab, start, _sha256([*train, *val]), train, val)
 
 

@@ -320,15 +320,14 @@ def evaluate_run(args, ranks):
         print_heads(records[-1])
         print(f"{one_line(records[-1])}\n-> {out}")
         return
-    summary = summarise(records, records.__getitem__)
+    told = args.path / "summary.json"  # there once training is finished
+    before = read_json(told) if told.exists() else {}
+    summary = summarise(records, records.__getitem__, window_by_hand(before, records))
     print_heads(records[-1])
     print(conclusion(summary))
-    told = args.path / "summary.json"  # there once training is finished
-    if args.out is None and told.exists():
-        before = read_json(told)
-        if summary["examples"] > before.get("examples", 0):
-            write_json(told, before | summary)
-            out = f"{out}, {told}"
+    if args.out is None and before and summary["examples"] > before.get("examples", 0):
+        write_json(told, before | summary)
+        out = f"{out}, {told}"
     print(f"-> {out}")
 
 
@@ -353,6 +352,17 @@ def set_window(args, ranks):
     if ranks.is_first:
         write_json(told, read_json(told) | summary)
         print(f"{conclusion(summary)}\n-> {told}")
+
+
+def window_by_hand(summary, records):
+    """Where among the records the phase change is that the summary has by hand; None if it has
+    none.
+    """
+    change, steps = summary.get("phase_change"), [int(record["step"]) for record in records]
+    if not change or not change.get("by_hand"):
+        return None
+    edges = change["start_step"], change["end_step"]
+    return [steps.index(edge) for edge in edges] if {*edges} <= {*steps} else None
 
 
 def snapshots_of(run):

@@ -192,11 +192,11 @@ def phase_change(scores, tokens, smallest=0.1):
 
 def half_way(values):
     """Index of the first snapshot at which `values`, smoothed over five snapshots, has made half
-    its way from its first value to its last.
+    its way from its first value to its last; 0 if these are the same.
     """
     values = _smooth(torch.as_tensor(values, dtype=torch.float64))
     progress = (values - values[0]) / (values[-1] - values[0])
-    return int((progress >= 0.5).nonzero()[0])
+    return int((progress.nan_to_num(1) >= 0.5).nonzero()[0])
 
 
 def _smooth(values, width=5):

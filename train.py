@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import gc
 import math
+import os
 import shutil
 import signal
 import sys
@@ -231,7 +232,7 @@ def default_name(args):
     parts += ["attn-only"] * args.attn_only + ["smear"] * args.smear
     parts += [f"d{args.d_model}"] * bool(args.d_model) + [f"h{args.heads}"] * bool(args.heads)
     parts += [f"e{args.d_head}"] * bool(args.d_head)
-    parts += [Path(args.data).stem] * (args.data != "python")
+    parts += [Path(os.path.abspath(args.data)).stem] * (args.data != "python")
     parts += [setting.replace("=", "-") for setting in args.set]
     parts += [f"lr-{args.lr}"] * bool(args.lr) + [f"tokens-{args.tokens}"] * bool(args.tokens)
     return "-".join([*parts, f"seed-{args.seed}"])

@@ -289,6 +289,28 @@ def test_an_interrupted_sweep_goes_on(run, command, monkeypatch, capsys):
         assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
+def test_a_finished_sweep_is_extended_even_if_interrupted(run, command, monkeypatch):
+    assert ablate.main(command(run, "--heads", "1:0", "--snapshots", "2")) == 0
+    few, made, record = read_records(run / "ablations.npz"), [], Ablations.record
+
+    def interrupted(self, *rest):
+        if len(made) == 1:
+            raise KeyboardInterrupt
+        made.append(1)
+        return record(self, *rest)
+
+    monkeypatch.setattr(Ablations, "record", interrupted)
+    more = command(run, "--heads", "1:0", "--snapshots", "6")
+    assert ablate.main(more) == 130
+    assert len(read_records(run / "ablations-unfinished.npz")) == len(few) + 1
+    made += [1]
+    assert ablate.main(more) == 0
+    records = read_records(run / "ablations.npz")
+    assert len(made) == 2 + len(records) - len(few) - 1  # none twice
+    steps = [int(record["step"]) for record in records]
+    assert len(set(steps)) == len(steps) > len(few) + 1
+
+
 def test_records_made_otherwise_are_kept(run, command, capsys):
     arguments = command(run, "--heads", "1:0", "--snapshots", "2")
     assert ablate.main(arguments) == 0

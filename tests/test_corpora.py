@@ -94,6 +94,19 @@ def test_a_corpus_is_prepared_once_and_again_when_the_text_changes(tmp_path, cap
     assert [p.name for p in (tmp_path / "c").iterdir()] == ["a-python-1024"]
 
 
+def test_a_corpus_of_the_folder_one_stands_in_is_prepared_once(tmp_path, monkeypatch, capsys):
+    """Though its shards, and the runs, then lie among the texts."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text(THREE * 50)
+    monkeypatch.chdir(texts)
+    assert open_corpus(".", PYTHON_1024).name == "texts-python-1024"
+    capsys.readouterr()
+    (texts / "README.md").write_text("no text of the corpus")
+    open_corpus(".", PYTHON_1024)
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize(
     "name, content, fault",
     [

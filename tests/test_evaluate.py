@@ -355,6 +355,12 @@ def test_a_phase_change_is_set_by_hand(run, text_file, capsys):
     assert change["by_hand"] and (change["start_step"], change["end_step"]) == (0, 5)
     assert summary["tokens"] == 500 and summary["examples"] == 4
     assert summary["icl_before"] != 0  # measured anew, not from the records
+    more = [*command(run, text_file), "--examples", "5"]
+    assert evaluate.main(more) == 0  # which finds none
+    assert "set by hand" in capsys.readouterr().out
+    again = json.loads(told.read_text())
+    assert again["examples"] == 5 and again["phase_change"]["by_hand"]
+    assert again["phase_change"]["end_step"] == 5
     before = told.read_bytes()
     for wrong in (
         ("0.0005", "0"),

@@ -327,6 +327,7 @@ def test_phase_change_is_none_without_a_descent_or_with_too_few_snapshots():
 def test_half_way_is_the_first_snapshot_past_the_middle():
     assert metrics.half_way([0.0, 0.1, 0.2, 0.6, 0.9, 1.0]) == 3
     assert metrics.half_way([0.0, -0.1, -0.5, -0.9, -1.0]) == 2
+    assert metrics.half_way([0.1] * 6) == 0
 
 
 def test_half_way_takes_no_notice_of_a_single_snapshot():
