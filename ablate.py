@@ -78,13 +78,10 @@ def main(argv=None):
     check_flags(args)
     args.device = machine.pick_device(args.device)
     args.kernels = machine.pick_kernels(args.kernels, args.device)
-    ranks = Ranks(args.device)
-    try:
+    with Ranks(args.device) as ranks:
         if args.substitute:
             return substitute_in_snapshot(args, ranks)
         return ablate_run(args, ranks) if args.path.is_dir() else ablate_snapshot(args, ranks)
-    finally:
-        ranks.close()
 
 
 def check_flags(args):

@@ -15,7 +15,6 @@ from measure import N_CTX, ROWS_AT_ONCE, draw_examples, gather_losses, head_scor
 from parallel import Cores
 from records import stack
 from safety import BadInput
-from snapshots import load_snapshot
 from sweep import ablation, mean_results, sweep
 
 # of a change of losses: the names of what metrics.py measures
@@ -36,7 +35,7 @@ class Ablations:
 
     def __init__(self, args, ranks, path):
         self.args, self.ranks, self.cores = args, ranks, Cores(args.device)
-        self.corpus = evaluate.corpus_of(args, load_snapshot(path)[1]["corpus"], ranks)
+        self.corpus = evaluate.corpus_of(args, path, ranks)
         self.examples = draw_examples(self.corpus, args.examples).to(args.device)
         model, _ = self.load(path)
         with open(path, "rb") as file:  # up to 52 GB
@@ -86,9 +85,9 @@ class Ablations:
         self.vector = metrics.before_and_after_vector(*losses)
 
     def record(self, model, progress):
-        """One snapshot's record, nats: the clean run's scores, and the quantities of the module
-        docstring, as far as they are defined: for every head [layer, head], summed over the heads
-        of each set and for each set ablated together [set]; `..._error` is a standard error.
+        """One snapshot's record, nats: the clean run's scores, and QUANTITIES (ablate.py tells what
+        they are) as far as they are defined: for every head [layer, head], summed over the heads of
+        each set and for each set ablated together [set]; `..._error` is a standard error.
         """
         n_layers, n_heads = model.config.n_layers, model.config.n_heads
         heads = list(np.ndindex(n_layers, n_heads))
@@ -173,10 +172,10 @@ class Ablations:
         at_once = ROWS_AT_ONCE[inputs.device.type]
         shape = model.config.n_layers, model.config.n_heads, model.config.d_head
 
-        def total(inputs):
+        def of_rows(inputs):
             return sum(mean_results(model, rows) * len(rows) for rows in inputs.split(at_once))
 
-        total = sum(self.cores(total, inputs), inputs.new_zeros(shape, dtype=torch.float32))
+        total = sum(self.cores(of_rows, inputs), inputs.new_zeros(shape, dtype=torch.float32))
         self.ranks.sum(total)
         return total / len(self.examples)
 

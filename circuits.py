@@ -42,17 +42,16 @@ from evaluate import (
     add_corpus_flags,
     add_snapshots_flag,
     check_snapshots,
-    choose_snapshots,
     corpus_of,
+    label,
     load_fitting,
-    snapshots_of,
+    paths_of,
 )
 from measure import draw_examples, head_scores
 from model import layer_norm_divisor
 from parallel import Cores, Ranks
 from plots.analysis import pearson, spearman
 from safety import ArgumentParser, BadInput, check_out, one_line_errors, write_json
-from snapshots import load_snapshot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +239,7 @@ def _relative_norm(first, second):
 
 
 def measure_circuits(model, examples, cores):
-    """One snapshot's numbers, each [layer, head]: the scores of evaluate.py, the attention to the
+    """One snapshot's numbers, each [layer, head]: the scores of measure.py, the attention to the
     own token, and `token_circuits` along all paths and (with `_direct`) along the paper's.
     """
     reading = read_text(model, examples.text)
@@ -260,7 +259,7 @@ def heads_table(numbers):
     for layer, head in np.ndindex(numbers["copying"].shape):
         row = {name: _rounded(values[layer, head]) for name, values in numbers.items()}
         kind = metrics.head_class(**{name: row[name] for name in HEAD_SCORES})
-        rows.append({"head": f"{layer}:{head}", "class": kind, **row})
+        rows.append({"head": label((layer, head)), "class": kind, **row})
     return rows
 
 
@@ -273,7 +272,8 @@ def composition_table(found):
     rows = []
     for kind, values in found.items():
         for later, head, earlier, other in np.argwhere(~np.isnan(values)):
-            row = {"kind": kind, "earlier": f"{earlier}:{other}", "later": f"{later}:{head}"}
+            ends = {"earlier": label((earlier, other)), "later": label((later, head))}
+            row = {"kind": kind, **ends}
             rows.append({**row, "above_chance": _rounded(values[later, head, earlier, other])})
     return sorted(rows, key=lambda row: -row["above_chance"])
 
@@ -388,12 +388,8 @@ def main(argv=None):
     check_snapshots(args)
     check_out(args.out, ".json")
     device = machine.pick_device(args.device)
-    is_run = args.path.is_dir()
-    if args.snapshots:
-        paths = list(choose_snapshots(args.path, args.snapshots)[0].values())
-    else:
-        paths = snapshots_of(args.path) if is_run else [args.path]
-    corpus = corpus_of(args, load_snapshot(paths[0])[1]["corpus"], Ranks(device))
+    is_run, paths = args.path.is_dir(), paths_of(args)
+    corpus = corpus_of(args, paths[0], Ranks(device))
     examples, cores = draw_examples(corpus, 2).to(device), Cores(device)
 
     record = {"corpus": corpus.name, "snapshots": []}

@@ -250,13 +250,10 @@ def main(argv=None):
         raise BadInput(f"--copying-variants takes one snapshot, and {args.path} is a folder")
     args.device = machine.pick_device(args.device)
     args.kernels = machine.pick_kernels(args.kernels, args.device)
-    ranks = Ranks(args.device)
-    try:
+    with Ranks(args.device) as ranks:
         if args.window:
             return set_window(args, ranks)
         return evaluate_run(args, ranks) if args.path.is_dir() else evaluate_snapshot(args, ranks)
-    finally:
-        ranks.close()
 
 
 def add_snapshots_flag(add, default):
@@ -276,7 +273,7 @@ def check_snapshots(args):
 
 def evaluate_snapshot(args, ranks):
     check_out(args.out, ".npz")
-    measure_file = prepare(args, load_snapshot(args.path)[1]["corpus"], ranks)
+    measure_file = prepare(args, args.path, ranks)
     record = measure_file(args.path)
     if not ranks.is_first:
         return
@@ -299,13 +296,10 @@ def evaluate_snapshot(args, ranks):
 def evaluate_run(args, ranks):
     out = args.out or args.path / "evaluation.npz"
     check_out(out, ".npz")
-    if args.snapshots:
-        paths = list(choose_snapshots(args.path, args.snapshots)[0].values())
-    else:
-        paths = snapshots_of(args.path)
+    paths = paths_of(args)
     if ranks.is_first and out.exists():
         print(f"{out} will be replaced when all {len(paths)} snapshots are measured", flush=True)
-    measure_file = prepare(args, load_snapshot(paths[0])[1]["corpus"], ranks)
+    measure_file = prepare(args, paths[0], ranks)
     records = []
     shown = time.time()
     for path in paths:
@@ -345,7 +339,7 @@ def set_window(args, ranks):
             f"--window {start:g} {end:g}: two snapshots are needed, the first before the second, in"
             f" millions of tokens from 0 to {millions[-1]:.2f}"
         )
-    measure_file = prepare(args, load_snapshot(paths[max(paths)])[1]["corpus"], ranks)
+    measure_file = prepare(args, paths[max(paths)], ranks)
     summary = summarise(
         records, lambda index: measure_file(paths[int(records[index]["step"])]), by_hand
     )
@@ -363,6 +357,13 @@ def window_by_hand(summary, records):
         return None
     edges = change["start_step"], change["end_step"]
     return [steps.index(edge) for edge in edges] if {*edges} <= {*steps} else None
+
+
+def paths_of(args):
+    """The snapshots to measure: so many as --snapshots says, all of a run, or the one given."""
+    if args.snapshots:
+        return list(choose_snapshots(args.path, args.snapshots)[0].values())
+    return snapshots_of(args.path) if args.path.is_dir() else [args.path]
 
 
 def snapshots_of(run):
@@ -411,9 +412,9 @@ def phase_change_steps(run, records):
     return tuple(int(records[n]["step"]) for n in find_phase_change(records) or ())
 
 
-def prepare(args, trained_on, ranks):
+def prepare(args, snapshot, ranks):
     """Draws the examples; returns the function that measures a snapshot file."""
-    corpus = corpus_of(args, trained_on, ranks)
+    corpus = corpus_of(args, snapshot, ranks)
     examples = draw_examples(corpus, args.examples).to(args.device)
     cores = Cores(args.device)
 
@@ -429,12 +430,11 @@ def prepare(args, trained_on, ranks):
     return measure_file
 
 
-def corpus_of(args, trained_on, ranks):
-    """The corpus of --data and --vocabulary; without them the one trained on, if it is built in.
-
-    trained_on: {"data", "name", "sha256"} as a snapshot tells it. Its path is not followed: the
-    file may be a stranger's.
+def corpus_of(args, snapshot, ranks):
+    """The corpus of --data and --vocabulary; without them the one that this snapshot was trained
+    on, if it is built in. A path that it tells is not followed: the file may be a stranger's.
     """
+    trained_on = load_snapshot(snapshot)[1]["corpus"]
     data = args.data or trained_on["data"]
     if args.data is None and data not in BUILT_IN:
         raise BadInput(

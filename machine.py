@@ -14,7 +14,7 @@ import torch
 from safety import BadInput
 
 KERNELS = ("reference", "torch", "triton")
-DTYPES = {torch.float32: "ieee", torch.bfloat16: "bf16"}  # as PyTorch's settings name them
+PRECISIONS = {torch.float32: "ieee", torch.bfloat16: "bf16"}  # as PyTorch's settings name them
 
 
 def pick_device(name):
@@ -60,7 +60,7 @@ def multiplying_in(dtype, device):
         yield dtype
         return
     matmul = torch.backends.mkldnn.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, DTYPES[dtype]
+    before, matmul.fp32_precision = matmul.fp32_precision, PRECISIONS[dtype]
     try:
         yield torch.float32
     finally:

@@ -135,9 +135,7 @@ def copying_score(pattern, logit_effect, by_destination=False):
         attention = pattern.sum(dim=2)  # [batch, head, key]
         own = (attention * raised.diagonal(dim1=2, dim2=3)).sum(dim=(0, 2))
         total = (attention * raised.sum(dim=3)).sum(dim=(0, 2))
-    ratio = torch.where(
-        total > 0, own / (own + total), torch.zeros_like(own)
-    )  # nothing raised: nothing copied
+    ratio = torch.where(total > 0, own / (own + total), 0.0)  # nothing raised: nothing copied
     return 4 * ratio - 1
 
 

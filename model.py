@@ -22,12 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels.attention import (
-    at_least_float32,
-    attention,
-    attention_pattern,
-    watched_attention,
-)
+from kernels.attention import at_least_float32, attention, attention_pattern, watched_attention
 from kernels.cross_entropy import linear_cross_entropy
 from safety import BadInput
 

@@ -91,7 +91,10 @@ class Ranks:
         self.wait()
         return result if self.is_first else function()
 
-    def close(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
         if self.world > 1:
             dist.destroy_process_group()
 

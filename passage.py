@@ -34,7 +34,6 @@ from evaluate import add_corpus_flags, corpus_of, load_fitting, snapshots_of, st
 from parallel import Ranks
 from records import stack, write_arrays
 from safety import ArgumentParser, BadInput, one_line_errors, read_json
-from snapshots import load_snapshot
 from tasks import PASSAGES, Text, literal_copying, logit_attribution, token_losses, word_places
 from vocabulary import load_vocabulary
 
@@ -86,7 +85,6 @@ def describe_heads(model, tokens):
     }
 
 
-@torch.no_grad()
 def read_run(paths, change, corpus, device):
     """The record of the run with these snapshots: {name: array} (module docstring)."""
     encoding = load_vocabulary(corpus.vocabulary)
@@ -140,7 +138,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device, out = machine.pick_device(args.device), args.path / "passage.npz"
     paths = snapshots_of(args.path)
-    corpus = corpus_of(args, load_snapshot(paths[0])[1]["corpus"], Ranks(device))
+    corpus = corpus_of(args, paths[0], Ranks(device))
     change = read_json(args.path / "summary.json")["phase_change"]
     record = read_run(paths, change, corpus, device)
     start, end = record["tokens"][record["compared"]] / 1e6

@@ -4,7 +4,7 @@ taken up again.
     run.json          what made it: sizes, recipe, seed, corpus; machine, versions, commit
     train.jsonl       one line a step: step, tokens, loss (nats), gradient norm; locked in training
     snapshots/        step_<step>.pt: weights that describe themselves (snapshots.py)
-    measurements.npz  one record a snapshot, stacked over snapshots (evaluate.py)
+    measurements.npz  one record a snapshot, stacked over snapshots (measure.py)
     state.pt          weights and optimizer, only for resuming
     summary.json      what the run shows
 

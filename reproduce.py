@@ -19,14 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from safety import (
-    ArgumentParser,
-    BadInput,
-    one_line_errors,
-    read_json,
-    write_json,
-    write_whole,
-)
+from safety import ArgumentParser, BadInput, one_line_errors, read_json, write_json, write_whole
 
 ROOT = Path(__file__).parent
 

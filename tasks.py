@@ -24,12 +24,11 @@ import numpy as np
 import torch
 
 import machine
-from evaluate import add_corpus_flags, check_losses, corpus_of, load_fitting
+from evaluate import add_corpus_flags, check_losses, corpus_of, label, load_fitting
 from measure import logit_effect
 from model import layer_norm_divisor
 from parallel import Ranks
 from safety import ArgumentParser, check_out, one_line_errors, write_json
-from snapshots import load_snapshot
 from vocabulary import load_vocabulary
 
 
@@ -191,20 +190,19 @@ def pattern_matching(encoding, seed):
     rng = np.random.default_rng([SEED, seed])
     labels = rng.integers(4, size=N_LINES)
     words = [
-        (rng.choice(FIRST_WORDS[label // 2]), rng.choice(SECOND_WORDS[label % 2]))
-        for label in labels
+        (rng.choice(FIRST_WORDS[kind // 2]), rng.choice(SECOND_WORDS[kind % 2])) for kind in labels
     ]
-    lines = [f"{a} {b}: {label}\n" for (a, b), label in zip(words, labels, strict=True)]
+    lines = [f"{a} {b}: {kind}\n" for (a, b), kind in zip(words, labels, strict=True)]
     text = Text(encoding, "".join(lines))
     digits = [text.places(end - 2, end - 1)[0] for end in np.cumsum([len(line) for line in lines])]
     right, candidates = text.nothing(), text.nothing()
-    for n, (label, digit) in enumerate(zip(labels, digits, strict=True)):
-        same = [d for d, other in zip(digits[:n], labels[:n], strict=True) if other == label]
+    for n, digit in enumerate(digits):
+        same = [d for d, kind in zip(digits[:n], labels[:n], strict=True) if kind == labels[n]]
         if same:  # the token before the label, a colon if label and space are one token
             right[digit - 1, same] = True
             candidates[digit - 1, digits[:n]] = True
-    token_of = {label: text.ids[digit] for label, digit in zip(labels, digits, strict=True)}
-    return Task(torch.tensor(text.ids), right, candidates), [token_of[label] for label in range(4)]
+    token_of = {kind: text.ids[digit] for kind, digit in zip(labels, digits, strict=True)}
+    return Task(torch.tensor(text.ids), right, candidates), [token_of[kind] for kind in range(4)]
 
 
 # --- what heads do there
@@ -255,9 +253,9 @@ def head_scores_on(task, pattern, attribution):
 def head_rows(scores):
     """Rows {"head", "attention", "chance", "logit"}, the most attention first."""
     rows = [
-        {"head": f"{layer}:{head}"}
-        | {name: round(values[layer, head].item(), 4) for name, values in scores.items()}
-        for layer, head in np.ndindex(scores["attention"].shape)
+        {"head": label(head)}
+        | {name: round(values[head].item(), 4) for name, values in scores.items()}
+        for head in np.ndindex(scores["attention"].shape)
     ]
     return sorted(rows, key=lambda row: -row["attention"])
 
@@ -282,7 +280,6 @@ def token_view(task, pattern, attribution, head, encoding, least=0.05):
     }
 
 
-@torch.no_grad()
 def measure_task(model, task):
     """Pattern, attribution and `head_scores_on` of one text, on the CPU."""
     seen = logit_attribution(model, task.tokens.to(model.positions.device))
@@ -410,7 +407,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     check_out(args.out, ".json")
     device = machine.pick_device(args.device)
-    corpus = corpus_of(args, load_snapshot(args.path)[1]["corpus"], Ranks(device))
+    corpus = corpus_of(args, args.path, Ranks(device))
     model, about = load_fitting(args.path, corpus)
     model, encoding = model.to(device), load_vocabulary(corpus.vocabulary)
     torch.set_num_threads(1)  # two need three times as long for texts this short

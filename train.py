@@ -116,8 +116,8 @@ def parse_args(argv):
     add("--smear", action="store_true", help="smear the keys with the previous token's")
     add("--scale", choices=SCALES, help="sizes and tokens (default: small on a GPU, else mini)")
     add("--d-model", type=int, help="width (default: the scale's)")
-    add("--heads", type=int, help="heads a layer (default: as many as fill d_model)")
-    add("--d-head", type=int, help="size of a head (default: d_model / --heads, else 64)")
+    add("--heads", type=int, help="heads a layer (default: as many of 64 as d_model holds)")
+    add("--d-head", type=int, help="size of a head (default: d_model / heads)")
     add("--model", choices=SERIES, metavar="NAME", help=f"instead of these: {', '.join(SERIES)}")
     # the data
     add("--data", default="python", help="python, fineweb, or a path of text or token shards")
@@ -204,17 +204,11 @@ def model_config(args, d_vocab):
 
 def training_recipe(args, n_ctx, world):
     """The scale's recipe with what the flags change in it."""
-    recipe = RECIPES[args.scale]
-    if args.tokens is not None:
-        recipe = dataclasses.replace(recipe, n_tokens=args.tokens)
-    if args.lr is not None:
-        recipe = dataclasses.replace(recipe, learning_rate=args.lr)
-    if args.snapshots is not None:
-        recipe = dataclasses.replace(recipe, n_snapshots=args.snapshots)
-    if args.examples is not None:
-        few = {"n_examples": args.examples, "n_final_examples": args.examples}
-        recipe = dataclasses.replace(recipe, **few)
-    recipe = with_settings(recipe, args.settings)  # last: --set n_final_examples is for itself
+    flags = (args.tokens, args.lr, args.snapshots, args.examples)
+    given = dict(zip(FLAGGED, flags, strict=True)) | {"n_final_examples": args.examples}
+    given = {name: value for name, value in given.items() if value is not None}
+    # the settings last: --set n_final_examples is for itself
+    recipe = with_settings(RECIPES[args.scale], given | args.settings)
     if recipe.n_tokens < recipe.n_rows * n_ctx:
         raise BadInput(
             f"--tokens {recipe.n_tokens}: one step alone is {recipe.n_rows * n_ctx:,} tokens"
@@ -307,12 +301,8 @@ def update(optimizer, parameters, gradient, recipe, step, tokens):
 @one_line_errors
 def main(argv=None):
     args = parse_args(argv)
-    ranks = Ranks(args.device)
-    try:
-        with machine.multiplying_in(args.dtype, args.device) as dtype:
-            return train(args, ranks, dtype)
-    finally:
-        ranks.close()
+    with Ranks(args.device) as ranks, machine.multiplying_in(args.dtype, args.device) as dtype:
+        return train(args, ranks, dtype)
 
 
 def train(args, ranks, dtype):

@@ -90,10 +90,6 @@ def attention_scores(q, k, alpha=None, windows=None, at=None):
     """[batch, head, query, key], -inf where a query may not look. `at` as in `attention`."""
     if alpha is not None:
         k = smear_keys(k, alpha)
-    return _scores(q, k, windows, at)
-
-
-def _scores(q, k, windows, at=None):
     if at is None:
         at = torch.arange(k.shape[-2], device=q.device)[None]
     scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
@@ -261,7 +257,8 @@ def _score_tiles(q, k, alpha, windows):
         k = smear_keys(k, alpha)
     for start, stop in _tiles(q.shape[2]):
         at = torch.arange(start, stop, device=q.device)[None]
-        yield slice(start, stop), _scores(q[:, :, start:stop], k[:, :, :stop], windows, at)
+        scores = attention_scores(q[:, :, start:stop], k[:, :, :stop], windows=windows, at=at)
+        yield slice(start, stop), scores
 
 
 def _check(q, k, v, alpha, windows, lse=None, at=None):

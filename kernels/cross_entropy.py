@@ -80,7 +80,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         refuse_second_derivatives()
         resid, W_U, targets, dresid, dW_U = ctx.saved_tensors
         dresid = dresid * grad[:, None].to(dresid.dtype)
-        if len(grad) and (grad == grad[0]).all():  # a mean or a sum
+        if (grad == grad[0]).all():  # a mean or a sum
             return dresid, dW_U * grad[0].to(dW_U.dtype), None, None
         dW_U = torch.zeros_like(W_U)
         for rows, _, dlogits in _chunks(resid, W_U, targets):
