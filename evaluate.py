@@ -334,10 +334,10 @@ def set_window(args, ranks):
     millions = np.array([record["tokens"] for record in records]) / 1e6
     start, end = args.window
     by_hand = [int(np.abs(millions - edge).argmin()) for edge in args.window]
-    if not (0 <= start and end <= millions[-1] and by_hand[0] < by_hand[1]):
+    if not (end <= millions[-1] and 0 < by_hand[0] < by_hand[1]):  # something is before it
         raise BadInput(
             f"--window {start:g} {end:g}: two snapshots are needed, the first before the second, in"
-            f" millions of tokens from 0 to {millions[-1]:.2f}"
+            f" millions of tokens from {millions[1]:.2f} to {millions[-1]:.2f}"
         )
     measure_file = prepare(args, paths[max(paths)], ranks)
     summary = summarise(

@@ -4,7 +4,7 @@
 
 Figure F11 of the paper ("Argument 3") and, below it, row R8 of its table: each head's result is
 replaced by zero, all attention patterns kept. Above zero, in-context learning is the worse for the
-ablation. The score is the one between bands of positions, which has a third of the noise of the
+ablation. The score is the one between bands of positions, which has a quarter of the noise of the
 paper's two positions. Along the before-and-after vector an ablation at -1 undoes all that the phase
 change did. Records: ablate.py.
 """

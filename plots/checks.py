@@ -113,13 +113,7 @@ def evaluated(models):
     """Those whose losses at every position are of enough examples, in training or measured again
     (evaluate.py --snapshots).
     """
-    return [run for run in models if run.has("evaluation.npz") or in_training(run) >= ENOUGH]
-
-
-def in_training(run):
-    """On how many examples training measured every position."""
-    recipe = run.made["recipe"]
-    return recipe.get("whole", 0) * recipe["n_examples"]
+    return [run for run in models if run.has("evaluation.npz") or run.n_whole >= ENOUGH]
 
 
 def families(runs, least=2):
@@ -164,15 +158,10 @@ def examples(models):
     return check("examples", by_name(models, lambda run: run.summary["examples"]), form=",")
 
 
-def window_in_tokens(run):
-    change = run.summary["phase_change"]
-    return change and (change["start_tokens"], change["end_tokens"])
-
-
 def is_over(run):
     """Whether its phase change has an afterwards: training went on."""
     return run.window is not None and run.window[1] < run.millions[-1]
 
 
 def loss_curve(run):
-    return run.measurements["tokens"], run.measurements["loss"]
+    return run.millions, run.measurements["loss"]

@@ -23,7 +23,6 @@ from plots.checks import (
     scores,
     size,
     small,
-    window_in_tokens,
 )
 
 # --- Argument 4: heads of a large model
@@ -143,7 +142,7 @@ def two_errors(n):
     " standard errors, 2 / sqrt(heads - 1)",
     paper="heads do both or neither",
     figure="head-scatter",
-    command="plots/head_scatter.py {runs}/*L*",
+    command="plots/head_scatter.py {runs}/[1-6]L {runs}/[1-6]L-mlp {runs}/[12]L-smear {runs}/2L-d*",
 )
 def matching_heads_copy(runs):
     rows = [row for run in small(runs) for row in run.summary["heads"]]
@@ -266,7 +265,7 @@ def of_families(found, value, holds, form):
 )
 def order_inverts(runs):
     def order(models, when):
-        curves, windows = ([of(run) for run in models] for of in (loss_curve, window_in_tokens))
+        curves, windows = [*map(loss_curve, models)], [run.window for run in models]
         return analysis.order_of_learning([*map(size, models)], curves, windows)[when]
 
     found = families({name: run for name, run in runs.items() if is_over(run)}, least=3)

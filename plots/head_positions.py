@@ -3,8 +3,8 @@
     python plots/head_positions.py RUN [RUN ...] --out FILE.png
 
 Figures A1 to A3 of the paper ("Appendix"): every head of the trained model in the order of depth,
-one panel a model. In attention-only models the heads that match prefixes are in the last layer, in
-deep ones with MLPs in the one before it.
+one panel a model. In the paper's attention-only models the heads that match prefixes are in the
+last layer, in deep ones with MLPs in the one before it.
 """
 
 import sys

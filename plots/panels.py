@@ -89,7 +89,8 @@ def examples_note(runs, names):
     note = style.examples_note(runs)
     if any(run.evaluation is not run.measurements for run in runs):
         every = style.counted(run.measurements["per_token_loss"].shape[1] for run in runs)
-        note += f", {every} for every snapshot's loss and prefix matching and for the window"
+        whole = style.counted(run.n_whole for run in runs)
+        note += f", {every} for the window, {whole} of these for every snapshot's loss"
     if "R5" in names:
         note += f", {style.counted(run.summary['examples'] for run in runs)} for black points"
     ablated = [run.ablations["examples"][0] for run in runs if run.has("ablations.npz")]

@@ -63,11 +63,6 @@ class Run:
         return read_snapshots(self.folder / "ablations.npz")
 
     @functools.cached_property
-    def ablated_heads(self):
-        """Settings, machine, class of every head and the answer in words."""
-        return read_json(self.folder / "ablations.json")
-
-    @functools.cached_property
     def circuits(self):
         return read_json(self.folder / "circuits.json")
 
@@ -91,6 +86,12 @@ class Run:
     def millions(self):
         """Training tokens of every snapshot of the measurements, in millions."""
         return self.measurements["tokens"] / 1e6
+
+    @property
+    def n_whole(self):
+        """On how many examples training measured every position, and so the loss."""
+        recipe = self.made["recipe"]
+        return round(recipe.get("whole", 0) * recipe["n_examples"])
 
     @property
     def window(self):

@@ -3,9 +3,9 @@
     python plots/sizes.py RUN [RUN ...] --out FILE.png
 
 Figures F16 to F18 of the paper ("Unexplained curiosities"), for models that differ in depth or in
-width. Loss by context index less that at the last one is nearly the same for all sizes, a large
-model's lead is there within the first tokens, and in the phase change large models begin to learn
-faster than small ones.
+width. In the paper loss by context index less that at the last one is nearly the same for all
+sizes, a large model's lead is there within the first tokens, and in the phase change large models
+begin to learn faster than small ones.
 """
 
 import sys
@@ -61,15 +61,18 @@ def draw(runs):
         figure,
         f"Paper: figures F16 to F18. F16 and F17 at the end of training on {n_examples:,} examples,"
         " in bins of equal width in ln index; the last bin stands for the last index. F18 on"
-        f" {runs[0].measurements['per_token_loss'].shape[1]} examples at every snapshot, slopes of"
-        " lines fitted in ln tokens; bars: phase changes.",
+        f" {style.counted(run.n_whole for run in runs)} examples at every snapshot, slopes of lines"
+        " fitted in ln tokens; bars: phase changes.",
     )
     return figure
 
 
 def same_examples(runs):
     """Their number; curves on different ones would differ by the examples."""
-    counts = {run.name: run.evaluation["per_token_loss"].shape[1] for run in runs}
+    counts = {run.name: run.n_whole for run in runs}
+    for run in runs:
+        if run.evaluation is not run.measurements:
+            counts[run.name] = run.evaluation["per_token_loss"].shape[1]
     if len(set(counts.values())) > 1:
         told = ", ".join(f"{name} {n}" for name, n in counts.items())
         raise BadInput(

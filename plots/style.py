@@ -10,7 +10,7 @@ import matplotlib
 from PIL import Image  # comes with matplotlib
 
 from plots.runs import load_run
-from safety import ArgumentParser, BadInput, one_line_errors, write_whole
+from safety import ArgumentParser, check_out, one_line_errors, write_whole
 
 matplotlib.use("Agg")
 
@@ -130,8 +130,7 @@ def script(doc, draw, add_flags=lambda add: None):
         argv = sys.argv[1:] if argv is None else argv
         flags = vars(parser.parse_args(argv))
         runs, out = flags.pop("runs"), flags.pop("out")
-        if out.suffix != ".png":
-            raise BadInput(f"--out {out}: must end in .png")
+        check_out(out, ".png")
         figure = draw([load_run(folder) for folder in runs], **flags)
         caption(figure, shlex.join(["python", f"plots/{name}", *argv]))
         save(figure, out)

@@ -340,19 +340,22 @@ def test_other_readings_of_copying_are_printed_too(run, text_file, model, exampl
 
 def test_a_phase_change_is_set_by_hand(run, text_file, capsys):
     told = run / "summary.json"
-    by_hand = command(run, text_file, "--window", "0.0000", "0.0004")  # 0.0005: the second
+    first, *_ = sorted((run / "snapshots").glob("*.pt"))
+    model, about = load_snapshot(first)
+    save_snapshot(run / "snapshots" / "step_0000002.pt", model, 2, 200, about["corpus"])
+    by_hand = command(run, text_file, "--window", "0.00015", "0.0004")  # at 0.0002 and 0.0005
     assert "its training is not finished" in refused(capsys, by_hand)
     write_json(told, {"tokens": 500, "phase_change": None})
     assert "not measured yet" in refused(capsys, by_hand)
-    records = make_records(np.array([0, -0.1]), np.array([0, 0.1]))
-    for record, step in zip(records, (0, 5), strict=True):
+    records = make_records(np.array([0, -0.1, -0.2]), np.array([0, 0.1, 0.2]))
+    for record, step in zip(records, (0, 2, 5), strict=True):
         record.update(step=step, tokens=100 * step)
     write_records(run / "measurements.npz", records)
     assert evaluate.main(by_hand) == 0
     summary = json.loads(told.read_text())
     assert "set by hand" in capsys.readouterr().out
     change = summary["phase_change"]
-    assert change["by_hand"] and (change["start_step"], change["end_step"]) == (0, 5)
+    assert change["by_hand"] and (change["start_step"], change["end_step"]) == (2, 5)
     assert summary["tokens"] == 500 and summary["examples"] == 4
     assert summary["icl_before"] != 0  # measured anew, not from the records
     more = [*command(run, text_file), "--examples", "5"]
@@ -362,13 +365,9 @@ def test_a_phase_change_is_set_by_hand(run, text_file, capsys):
     assert again["examples"] == 5 and again["phase_change"]["by_hand"]
     assert again["phase_change"]["end_step"] == 5
     before = told.read_bytes()
-    for wrong in (
-        ("0.0005", "0"),
-        ("0", "0.0001"),
-        ("-1", "0.0005"),
-        ("0", "2"),
-        ("nan", "0.0005"),
-    ):
+    starts = "0.0005", "0", "-1", "nan", "0.0002", "0.0002"
+    ends = "0.0002", "0.0005", "0.0005", "0.0005", "0.00021", "2"
+    for wrong in zip(starts, ends, strict=True):
         assert "two snapshots" in refused(capsys, command(run, text_file, "--window", *wrong))
     snapshot = run / "snapshots" / "step_0000005.pt"
     needs = "needs the folder of a run"

@@ -57,6 +57,27 @@ def test_what_is_half_way_when_is_told(good):
     assert "nats of copying after it (M tokens) +0.48" in told
 
 
+def test_a_model_that_never_changes_is_not_sooner_than_others(tmp_path):
+    world = make_world(tmp_path / "mini")
+    told = world / "2L-smear" / "summary.json"
+    told.write_text(json.dumps(json.loads(told.read_text()) | {"phase_change": None}))
+    late = [c for c in BY_NAME["Q8"].judge(load_all(world)) if c.what.startswith("two layers")]
+    assert [check.holds for check in late] == [{"2L-smear": False}]
+
+
+@pytest.mark.parametrize(
+    "name, lacks", [("Q9", "band_attribution"), ("Q10", "before_and_after")], ids=["Q9", "Q10"]
+)
+def test_ablations_from_before_there_was_a_window_are_left_out(tmp_path, name, lacks):
+    """One was set by hand since; and those of two positions alone."""
+    world = make_world(tmp_path / "mini")
+    records = world / "2L" / "ablations.npz"
+    arrays = {key: values for key, values in np.load(records).items() if key != lacks}
+    np.savez(records, **arrays)
+    named = [found for check in BY_NAME[name].judge(load_all(world)) for found in check.holds]
+    assert "3L" in str(named) and "2L" not in [found.split()[0] for found in named]
+
+
 # the last value of a knob that still counts, and one that does not
 @pytest.mark.parametrize(
     "name, knob, counts, does_not",
