@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,5 +52,18 @@ def smoke(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def corpus(text_file, tmp_path_factory):
-    return open_corpus(str(text_file), PYTHON_1024, root=tmp_path_factory.mktemp("corpus"))
+def corpus_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("corpus")
+
+
+@pytest.fixture(scope="session")
+def corpus(text_file, corpus_folder):
+    return open_corpus(str(text_file), PYTHON_1024, root=corpus_folder)
+
+
+@pytest.fixture
+def workplace(tmp_path, corpus, corpus_folder, monkeypatch):
+    """A folder to run scripts in, where the corpus is prepared already."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(corpus_folder, tmp_path / "corpus")
+    return tmp_path

@@ -46,9 +46,8 @@ def save(path, model, corpus, text_file, step=5):
 
 
 @pytest.fixture
-def snapshot(corpus, text_file, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return save(tmp_path / "snapshot.pt", make(0), corpus, text_file)
+def snapshot(corpus, text_file, workplace):
+    return save(workplace / "snapshot.pt", make(0), corpus, text_file)
 
 
 @pytest.fixture
@@ -213,22 +212,21 @@ def test_a_previous_token_head_matters_through_patterns_alone(repeated):
 
 
 @pytest.fixture
-def run(corpus, text_file, tmp_path, monkeypatch):
+def run(corpus, text_file, workplace):
     """25 snapshots from one untrained model to another, with measurements that tell of a phase
     change in the middle.
     """
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "run" / "snapshots").mkdir(parents=True)
+    (workplace / "run" / "snapshots").mkdir(parents=True)
     start, end, records = make(0).state_dict(), make(1).state_dict(), []
     model = make(0)
     for n, step in enumerate(range(0, 250, 10)):
         way = 1 / (1 + np.exp(-(n - 12) / 1.5))
         model.load_state_dict({name: torch.lerp(start[name], end[name], way) for name in start})
-        path = tmp_path / "run" / "snapshots" / f"step_{step:07d}.pt"
+        path = workplace / "run" / "snapshots" / f"step_{step:07d}.pt"
         save(path, model, corpus, text_file, step)
         records.append({"step": step, "tokens": 100 * step, "icl_band_score": -0.5 * way})
-    write_records(tmp_path / "run" / "measurements.npz", records)
-    return tmp_path / "run"
+    write_records(workplace / "run" / "measurements.npz", records)
+    return workplace / "run"
 
 
 def test_a_run_is_ablated_with_its_before_and_after_vector(run, command, corpus, capsys):
@@ -341,10 +339,9 @@ def test_a_run_without_a_phase_change_has_no_before_and_after(run, command, caps
     assert "before_and_after" not in read_records(run / "ablations.npz")[0]
 
 
-def test_one_layer_is_enough(corpus, text_file, command, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_one_layer_is_enough(corpus, text_file, command, workplace, capsys):
     config = ModelConfig(1, 32, 2, 16, 0, 512, 1024)
-    path = save(tmp_path / "one.pt", make(0, config), corpus, text_file)
+    path = save(workplace / "one.pt", make(0, config), corpus, text_file)
     assert ablate.main(command(path)) == 0
     out = capsys.readouterr().out
     assert "no head matches prefixes" in out and "N/A (a run is needed" in out

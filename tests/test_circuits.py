@@ -347,18 +347,17 @@ def test_two_heads_do_not_correlate():
 
 
 @pytest.fixture
-def run(text_file, corpus, tmp_path, monkeypatch):
+def run(text_file, corpus, workplace):
     """A folder with two snapshots of two layers, and one.pt of one layer."""
-    monkeypatch.chdir(tmp_path)
     origin = {"data": str(text_file), "name": corpus.name, "sha256": corpus.sha256}
-    (tmp_path / "run" / "snapshots").mkdir(parents=True)
+    (workplace / "run" / "snapshots").mkdir(parents=True)
     for step in (0, 5):
         model = Transformer(config_for("mini", 2, True, 1024)).init_weights(step)
-        path = tmp_path / "run" / "snapshots" / f"step_{step:07d}.pt"
+        path = workplace / "run" / "snapshots" / f"step_{step:07d}.pt"
         save_snapshot(path, model, step, 100 * step, origin)
     model = Transformer(config_for("mini", 1, True, 1024)).init_weights(0)
-    save_snapshot(tmp_path / "one.pt", model, 0, 0, origin)
-    return tmp_path / "run"
+    save_snapshot(workplace / "one.pt", model, 0, 0, origin)
+    return workplace / "run"
 
 
 @pytest.fixture

@@ -287,16 +287,15 @@ def test_records_come_back_exactly(tmp_path):
 
 
 @pytest.fixture
-def run(model, text_file, corpus, tmp_path, monkeypatch):
+def run(model, text_file, corpus, workplace):
     """A folder with two snapshots."""
-    monkeypatch.chdir(tmp_path)
     origin = {"data": str(text_file), "name": corpus.name, "sha256": corpus.sha256}
-    (tmp_path / "run" / "snapshots").mkdir(parents=True)
+    (workplace / "run" / "snapshots").mkdir(parents=True)
     for step in (0, 5):
         save_snapshot(
-            tmp_path / "run" / "snapshots" / f"step_{step:07d}.pt", model, step, 100 * step, origin
+            workplace / "run" / "snapshots" / f"step_{step:07d}.pt", model, step, 100 * step, origin
         )
-    return tmp_path / "run"
+    return workplace / "run"
 
 
 def command(path, text_file, *more):

@@ -254,12 +254,11 @@ def test_right_labels_are_counted(encoding):
 
 
 @pytest.fixture
-def snapshot(text_file, corpus, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def snapshot(text_file, corpus, workplace):
     model = Transformer(config_for("mini", 2, True, 1024, smear=True)).init_weights(0)
     origin = {"data": str(text_file), "name": corpus.name, "sha256": corpus.sha256}
-    save_snapshot(tmp_path / "model.pt", model, 3, 300, origin)
-    return tmp_path / "model.pt"
+    save_snapshot(workplace / "model.pt", model, 3, 300, origin)
+    return workplace / "model.pt"
 
 
 def test_a_snapshot_is_asked_all_tasks(snapshot, text_file, tmp_path, capsys, monkeypatch):

@@ -38,13 +38,27 @@ TINY = {"n_rows": 4, "n_snapshots": 10, "n_examples": 4, "n_final_examples": 8}
 STEP = 4 * 512  # tokens
 
 
-@pytest.fixture
-def workplace(tmp_path, text_file, monkeypatch):
-    """A folder to run in, with cheap evaluations."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(autouse=True)
+def cheap_evaluations(monkeypatch):
     monkeypatch.setitem(RECIPES, "mini", dataclasses.replace(RECIPES["mini"], **TINY))
-    open_corpus(str(text_file), PYTHON_1024)
-    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def two_steps(text_file, tmp_path_factory):
+    """A run of two steps."""
+    folder = tmp_path_factory.mktemp("two_steps")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(RECIPES, "mini", dataclasses.replace(RECIPES["mini"], **TINY))
+        patch.chdir(folder)
+        assert train.main(flags(text_file, steps=2)) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def trained(workplace, two_steps):
+    """The folder `run`, trained for two steps, in a folder to run in."""
+    shutil.copytree(two_steps, workplace / "run")
+    return workplace
 
 
 def flags(text_file, *more, steps=20, out="run"):
@@ -544,9 +558,8 @@ def test_an_existing_run_is_not_overwritten(workplace, text_file, capsys):
         ),
     ],
 )
-def test_resuming_with_other_flags_is_refused(workplace, text_file, capsys, change, fault):
-    train.main(flags(text_file, steps=2))
-    before = {path: path.read_bytes() for path in (workplace / "run").rglob("*") if path.is_file()}
+def test_resuming_with_other_flags_is_refused(trained, text_file, capsys, change, fault):
+    before = {path: path.read_bytes() for path in (trained / "run").rglob("*") if path.is_file()}
     vocabulary = Path(PYTHON_1024).read_bytes().splitlines(keepends=True)
     vocabulary[1000:1002] = [
         v.replace(b" 1000", b" 1001") if b" 1000" in v else v.replace(b" 1001", b" 1000")
@@ -557,7 +570,7 @@ def test_resuming_with_other_flags_is_refused(workplace, text_file, capsys, chan
     assert train.main(flags(text_file, "--resume", *change, steps=2)) == 2
     assert f"another {fault}" in one_line(capsys)
     assert before == {
-        path: path.read_bytes() for path in (workplace / "run").rglob("*") if path.is_file()
+        path: path.read_bytes() for path in (trained / "run").rglob("*") if path.is_file()
     }
 
 
@@ -596,8 +609,7 @@ def put(value, *place):
         put(10**400, "seconds", "total"),
     ],
 )
-def test_a_state_that_does_not_fit_is_refused_and_nothing_lost(workplace, text_file, capsys, spoil):
-    train.main(flags(text_file, steps=2))
+def test_a_state_that_does_not_fit_is_refused_and_nothing_lost(trained, text_file, capsys, spoil):
     state = torch.load("run/state.pt", weights_only=True)
     spoil(state)
     torch.save(state, "run/state.pt")
@@ -609,16 +621,14 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_lost(workplace, text_f
     assert before == after
 
 
-def test_a_run_that_does_not_tell_its_dtype_goes_on(workplace, text_file):
-    train.main(flags(text_file, steps=2))
+def test_a_run_that_does_not_tell_its_dtype_goes_on(trained, text_file):
     made = json.loads(Path("run/run.json").read_text())
     del made["machine"]["dtype"]
     Path("run/run.json").write_text(json.dumps(made))
     assert train.main(flags(text_file, "--dtype", "float32", "--resume", steps=2)) == 0
 
 
-def test_moments_that_share_their_memory_are_taken_apart(workplace, text_file):
-    train.main(flags(text_file, steps=2))
+def test_moments_that_share_their_memory_are_taken_apart(trained, text_file):
     state = torch.load("run/state.pt", weights_only=True)
     config = config_for("mini", 1, True, 1024)
     model = Transformer(config)
@@ -631,8 +641,7 @@ def test_moments_that_share_their_memory_are_taken_apart(workplace, text_file):
     assert optimizer.param_groups[0]["weight_decay"] == RECIPES["mini"].weight_decay
 
 
-def test_a_run_without_its_state_is_not_overwritten(workplace, text_file, capsys):
-    train.main(flags(text_file, steps=2))
+def test_a_run_without_its_state_is_not_overwritten(trained, text_file, capsys):
     Path("run/state.pt").unlink()
     before = losses("run")
     capsys.readouterr()
@@ -641,8 +650,7 @@ def test_a_run_without_its_state_is_not_overwritten(workplace, text_file, capsys
     assert losses("run") == before
 
 
-def test_a_log_shorter_than_its_state_is_refused(workplace, text_file, capsys):
-    train.main(flags(text_file, steps=2))
+def test_a_log_shorter_than_its_state_is_refused(trained, text_file, capsys):
     Path("run/train.jsonl").write_text("")
     capsys.readouterr()
     assert train.main(flags(text_file, "--resume", steps=2)) == 2
@@ -650,8 +658,7 @@ def test_a_log_shorter_than_its_state_is_refused(workplace, text_file, capsys):
 
 
 @pytest.mark.parametrize("name", ["state.pt", "measurements.npz", "run.json"])
-def test_a_damaged_run_is_refused(workplace, text_file, capsys, name):
-    train.main(flags(text_file, steps=2))
+def test_a_damaged_run_is_refused(trained, text_file, capsys, name):
     an_array = io.BytesIO()
     np.save(an_array, np.zeros(3))
     for content in Path("run", name).read_bytes()[:100], b"", b"[]", an_array.getvalue():
