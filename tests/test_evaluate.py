@@ -105,9 +105,7 @@ def test_logit_effect_is_the_change_of_the_logits(model, examples):
     """
     tokens = examples.random[:2]
     seen = {}
-    model.residual(
-        tokens, lambda name, layer, value: seen.setdefault((name, layer), value) is None or None
-    )
+    model.residual(tokens, lambda name, layer, value: seen.update({(name, layer): value}))
     layer, head, row, key = 1, 1, 1, 6
     effect = measure.logit_effect(model, layer, seen["v", layer], tokens)
     with torch.no_grad():
@@ -146,10 +144,7 @@ def test_prefix_matching_and_its_controls_are_those_of_the_patterns(model, examp
 def test_copying_score_of_the_model_by_brute_force(model, examples, record):
     """From patterns and weights, with loops, as the definition says it."""
     seen = {}
-    model.residual(
-        examples.random,
-        lambda name, layer, value: seen.setdefault((name, layer), value) is None or None,
-    )
+    model.residual(examples.random, lambda name, layer, value: seen.update({(name, layer): value}))
     with torch.no_grad():
         for layer, head in np.ndindex(2, 2):
             own = total = 0.0
@@ -172,6 +167,15 @@ def test_copying_score_of_the_model_by_brute_force(model, examples, record):
 # what is drawn from records
 
 
+CHANGE = 1 / (1 + np.exp(-(np.arange(101) - 60) / 4))  # of 101 snapshots
+
+
+def touch_snapshots(folder):
+    (folder / "snapshots").mkdir()
+    for n in range(101):
+        (folder / "snapshots" / f"step_{10 * n:07d}.pt").touch()
+
+
 def make_records(icl, prefix):
     heads = np.zeros((2, 2), np.float32)
     records = []
@@ -190,9 +194,7 @@ def make_records(icl, prefix):
 
 
 def test_a_summary_tells_where_the_phase_change_is():
-    time = np.arange(101)
-    change = 1 / (1 + np.exp(-(time - 60) / 4))
-    records = make_records(-0.05 - 0.4 * change, 0.03 + 0.7 * change)
+    records = make_records(-0.05 - 0.4 * CHANGE, 0.03 + 0.7 * CHANGE)
     asked = []
 
     def measure_again(index):
@@ -217,8 +219,7 @@ def test_a_summary_tells_where_the_phase_change_is():
 
 def test_the_best_head_is_half_way_on_its_own_way():
     """Another matches half of all prefixes from the start: the best goes from 0.5 to 0.73."""
-    change = 1 / (1 + np.exp(-(np.arange(101) - 60) / 4))
-    records = make_records(-0.4 * change, 0.03 + 0.7 * change)
+    records = make_records(-0.4 * CHANGE, 0.03 + 0.7 * CHANGE)
     for record in records:
         record["prefix_matching"][0, 1] = 0.5
     window = evaluate.summarise(records, records.__getitem__)["phase_change"]
@@ -235,17 +236,14 @@ def test_a_summary_without_a_phase_change_says_so():
 
 
 def test_chosen_snapshots_are_even_with_those_of_the_phase_change(tmp_path):
-    (tmp_path / "snapshots").mkdir()
-    change = 1 / (1 + np.exp(-(np.arange(101) - 60) / 4))
-    write_records(tmp_path / "measurements.npz", make_records(-0.4 * change, 0.7 * change))
-    for n in range(101):
-        (tmp_path / "snapshots" / f"step_{10 * n:07d}.pt").touch()
+    write_records(tmp_path / "measurements.npz", make_records(-0.4 * CHANGE, 0.7 * CHANGE))
+    touch_snapshots(tmp_path)
     paths, window = evaluate.choose_snapshots(tmp_path, 5)
     assert 470 <= window[0] <= 510 and 690 <= window[1] <= 730
     assert list(paths) == sorted({0, 250, 500, 750, 1000, *window})
     assert all(path.name == f"step_{step:07d}.pt" for step, path in paths.items())
     assert len(evaluate.choose_snapshots(tmp_path, 1000)[0]) == 101
-    write_records(tmp_path / "measurements.npz", make_records(0 * change, 0 * change))
+    write_records(tmp_path / "measurements.npz", make_records(0 * CHANGE, 0 * CHANGE))
     paths, window = evaluate.choose_snapshots(tmp_path, 3)
     assert list(paths) == [0, 500, 1000] and window == ()
     (tmp_path / "measurements.npz").unlink()
@@ -255,11 +253,8 @@ def test_chosen_snapshots_are_even_with_those_of_the_phase_change(tmp_path):
 
 def test_the_summary_tells_where_the_phase_change_is(tmp_path):
     """Not the records, once training is finished: somebody may have set it by hand."""
-    (tmp_path / "snapshots").mkdir()
-    change = 1 / (1 + np.exp(-(np.arange(101) - 60) / 4))
-    records = make_records(-0.4 * change, 0.7 * change)
-    for n in range(101):
-        (tmp_path / "snapshots" / f"step_{10 * n:07d}.pt").touch()
+    records = make_records(-0.4 * CHANGE, 0.7 * CHANGE)
+    touch_snapshots(tmp_path)
     write_records(tmp_path / "measurements.npz", records)
     found = evaluate.choose_snapshots(tmp_path, 2)[1]
     summary = evaluate.summarise(records, records.__getitem__, (30, 80))

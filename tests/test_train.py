@@ -24,8 +24,9 @@ import machine
 import records
 import train
 from corpora import open_corpus
+from data import training_batch
 from model import Transformer, config_for
-from parallel import Ranks
+from parallel import Cores, Ranks
 from progress import Clock, Progress
 from records import RunFolder, read_records, write_records
 from safety import BadInput
@@ -119,7 +120,7 @@ def test_snapshots_are_log_spaced_early_and_even_later():
     even = np.diff(steps[steps >= 200])
     assert even.max() - even.min() <= 1 and even.max() < 60
     early = steps[steps < 200]
-    assert early[:3].tolist() == [0, 1, 2] or early[:2].tolist() == [0, 1]
+    assert early[:2].tolist() == [0, 1]
     assert (np.diff(early)[1:] >= np.diff(early)[:-1] - 1).all()
 
 
@@ -213,10 +214,6 @@ def test_gradient_is_the_same_on_one_core_and_on_three(corpus, monkeypatch, toke
     """Rows shared unevenly among threads, all at once or not: only the order of additions
     changes.
     """
-    from data import training_batch
-    from model import Transformer, config_for
-    from parallel import Cores, Ranks
-
     monkeypatch.setattr(train, "TOKENS_AT_ONCE", tokens_at_once)
     cpu = torch.device("cpu")
     model = Transformer(config_for("mini", 1, True, 1024)).init_weights(0)
@@ -236,8 +233,6 @@ def test_gradient_is_the_same_on_one_core_and_on_three(corpus, monkeypatch, toke
 
 
 def test_every_process_takes_the_gpu_of_its_number(monkeypatch):
-    from parallel import Ranks
-
     taken, groups = [], []
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
