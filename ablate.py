@@ -10,7 +10,7 @@ ablated minus clean, on the same examples, so that errors are those of paired di
 
     ICL attribution      of the in-context learning score; positive: the head contributes to it
     band attribution     the same between bands of positions, with less noise (metrics.band_score)
-    loss change          of the mean loss
+    loss change          of the mean loss, estimated at one random position of each example
     before-and-after     of the per-token losses, along the vector from the start to the end of the
                          phase change, as a share of it; -1: without the head it is undone
 
@@ -247,7 +247,9 @@ def report(setup, records, path):
         f" LayerNorm {settings['layernorm']}; {last['examples']:,} examples; nats"
         f"{', before and after as a share' if 'before_and_after' in last else ''}, +- standard"
         " error of the paired difference\n"
-        f"clean   loss {last['loss']:.3f}, in-context learning score {pair(last, 'icl_score')}"
+        f"clean   loss {last['loss']:.3f} +- {last['loss_error']:.3f} at one random position of each"
+        " example\n"
+        f"        in-context learning score {pair(last, 'icl_score')}"
         f" (token {metrics.LATE} minus token {metrics.EARLY})"
     )
     if "icl_band_score" in last:
