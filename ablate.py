@@ -247,8 +247,7 @@ def report(setup, records, path):
         f" LayerNorm {settings['layernorm']}; {last['examples']:,} examples; nats"
         f"{', before and after as a share' if 'before_and_after' in last else ''}, +- standard"
         " error of the paired difference\n"
-        f"clean   loss {last['loss']:.3f} +- {last['loss_error']:.3f} at one random position of each"
-        " example\n"
+        f"clean   loss {last['loss']:.3f} +- {last['loss_error']:.3f} at one random position each\n"
         f"        in-context learning score {pair(last, 'icl_score')}"
         f" (token {metrics.LATE} minus token {metrics.EARLY})"
     )

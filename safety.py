@@ -55,14 +55,19 @@ def check_out(path, suffix, *inputs):
 def one_line_errors(main, script=None):
     """Decorates a script's `main(argv) -> exit code`. `BadInput`, failures of the file system
     (missing, not writable, full) and full memory print one line and return 2, control-C returns
-    130; anything else is a bug and keeps its traceback.
+    130, a closed pipe 141; anything else is a bug and keeps its traceback.
     """
     script = script or Path(main.__code__.co_filename).name
 
     @functools.wraps(main)
     def wrapped(argv=None):
         try:
-            return main(argv) or 0
+            code = main(argv) or 0
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:  # whoever read what is printed has seen enough: head, a pager
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor flush it at exit
+            return 141
         except (BadInput, OSError) as error:
             what = str(error)
         except KeyboardInterrupt:

@@ -2,6 +2,9 @@
 
 import errno
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +31,23 @@ def test_an_out_that_cannot_be_written_is_refused_before_the_work(tmp_path, monk
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(BadInput, match="no leave to write"):
         check_out(tmp_path / "out.json", ".json")
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_a_reader_who_has_seen_enough_is_no_error(flush):
+    """As head is."""
+    program = (
+        f"import sys\nfrom safety import one_line_errors\n"
+        f"@one_line_errors\ndef main(argv):\n    print('a line\\n' * 100_000, flush={flush})\n"
+        "sys.exit(main())"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout.readline() == b"a line\n"
+    process.stdout.close()
+    assert (process.wait(60), process.stderr.read()) == (141, b"")
 
 
 @pytest.mark.parametrize(
