@@ -114,7 +114,7 @@ class Progress:
 
     def __call__(self, done, total):
         now = time.time()
-        if self.says and now - self.shown > PROGRESS_SECONDS:
+        if self.says and done < total and now - self.shown > PROGRESS_SECONDS:
             minutes, seconds = divmod(round((now - self.started) / done * (total - done)), 60)
             print(f"{done:,.1f} of {total:,} {self.what}  {minutes}:{seconds:02d} left", flush=True)
             self.shown = now
