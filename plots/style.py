@@ -69,8 +69,11 @@ def save(figure, path):
     figure.savefig(drawn, bbox_inches="tight", format="png")
     image = Image.open(drawn).convert("RGB")
     palette = image.quantize(255, Image.Quantize.MAXCOVERAGE)
-    palette.putpalette([255, 255, 255, *palette.getpalette()[: 3 * 255]])  # white stays white
+    palette.putpalette([255, 255, 255, *palette.getpalette()[: 3 * 255]])
     image = image.quantize(palette=palette)  # dithered: looks the same at less than half the size
+    colours, ground = image.getpalette(), 3 * image.getpixel((0, 0))
+    colours[ground : ground + 3] = 255, 255, 255  # of near colours PIL may take another than white
+    image.putpalette(colours)
     write_whole(path, lambda temporary: image.save(temporary, "png", optimize=True))
     plt.close(figure)
     print(f"-> {path}")

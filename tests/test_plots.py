@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import metrics
 from model import SCALES
@@ -180,3 +181,13 @@ def test_what_figures_know_of_the_models_is_true():
     assert panels.BANDS == f"tokens {late_from}-{late_to} minus {early_from}-{early_to}"
     assert runs_of.PREFIX_MATCHING == metrics.INDUCTION_PREFIX_MATCHING
     assert runs_of.WIDTHS == {scale: sizes["d_model"] for scale, sizes in SCALES.items()}
+
+
+def test_the_ground_of_a_picture_is_white(tmp_path):
+    """Though all colours near white are among those that it is reduced to."""
+    figure, ax = style.plt.subplots()
+    shades = np.mgrid[240:256, 240:256].reshape(2, -1).T / 255
+    ax.imshow(np.concatenate([shades, np.ones((256, 1))], axis=1).reshape(16, 16, 3))
+    style.save(figure, tmp_path / "f.png")
+    with Image.open(tmp_path / "f.png") as picture:
+        assert picture.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
