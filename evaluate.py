@@ -32,6 +32,7 @@ import metrics
 from corpora import BUILT_IN, open_corpus
 from measure import N_CTX, copying_variants, draw_examples, measure
 from parallel import Cores, Ranks
+from plots.analysis import nearest
 from records import read_records, write_records
 from safety import ArgumentParser, BadInput, check_out, one_line_errors, read_json, write_json
 from snapshots import load_snapshot
@@ -333,11 +334,11 @@ def set_window(args, ranks):
     paths, records = measured_snapshots(args.path)
     millions = np.array([record["tokens"] for record in records]) / 1e6
     start, end = args.window
-    by_hand = [int(np.abs(millions - edge).argmin()) for edge in args.window]
+    by_hand = [nearest(millions, edge) for edge in args.window]
     if not (end <= millions[-1] and 0 < by_hand[0] < by_hand[1]):  # something is before it
         raise BadInput(
             f"--window {start:g} {end:g}: two snapshots are needed, the first before the second, in"
-            f" millions of tokens from {millions[1]:.2f} to {millions[-1]:.2f}"
+            f" millions of tokens from {millions[:2][-1]:.2f} to {millions[-1]:.2f}"
         )
     measure_file = prepare(args, paths[max(paths)], ranks)
     summary = summarise(
@@ -352,9 +353,15 @@ def window_by_hand(summary, records):
     """Where among the records the phase change is that the summary has by hand; None if it has
     none.
     """
-    change, steps = summary.get("phase_change"), [int(record["step"]) for record in records]
-    if not change or not change.get("by_hand"):
-        return None
+    change = summary.get("phase_change")
+    return edges_among(records, change) if change and change.get("by_hand") else None
+
+
+def edges_among(records, change):
+    """Indices of the records where a summary's phase change starts and ends; None if they are not
+    there.
+    """
+    steps = [int(record["step"]) for record in records]
     edges = change["start_step"], change["end_step"]
     return [steps.index(edge) for edge in edges] if {*edges} <= {*steps} else None
 
@@ -403,13 +410,13 @@ def phase_change_steps(run, records):
     """Of its first and last snapshot: what the summary tells, once training is finished, else what
     the records show; () if there is none.
     """
-    told = run / "summary.json"
+    told, window = run / "summary.json", None
     if told.exists():
         change = read_json(told)["phase_change"]
-        steps = (change["start_step"], change["end_step"]) if change else ()
-        if {*steps} <= {int(record["step"]) for record in records}:
-            return steps
-    return tuple(int(records[n]["step"]) for n in find_phase_change(records) or ())
+        window = edges_among(records, change) if change else ()
+    if window is None:
+        window = find_phase_change(records) or ()
+    return tuple(int(records[n]["step"]) for n in window)
 
 
 def prepare(args, snapshot, ranks):

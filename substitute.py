@@ -141,9 +141,9 @@ def substitute(model, name, heads, measured, others, means, cores, ranks):
     by_name = {"clean": clean, **ablated, **substituted}
     row |= {f"loss_{what}": values.mean().item() for what, values in by_name.items()}
     row |= {f"icl_band_{what}": band_score(values) for what, values in by_name.items()}
-    means = {what: values.mean(dim=1) for what, values in by_name.items()}
+    mean = {what: values.mean(dim=1) for what, values in by_name.items()}  # of every example
     for by, how in itertools.product(ablated, substituted):
-        row[f"recovered_{by}_{how}"] = recovered(means["clean"], means[by], means[how])
+        row[f"recovered_{by}_{how}"] = recovered(mean["clean"], mean[by], mean[how])
     return row
 
 

@@ -260,18 +260,24 @@ def test_a_run_is_ablated_with_its_before_and_after_vector(run, command, corpus,
     assert "of what it did to the per-token losses" in out
 
 
-def test_an_interrupted_sweep_goes_on(run, command, monkeypatch, capsys):
-    arguments = command(run, "--heads", "1:0", "--snapshots", "4")
-    assert ablate.main([*arguments, "--out", "whole.npz"]) == 0
-    whole, made, record = read_records(Path("whole.npz")), [], Ablations.record
+def interrupted_after(n, monkeypatch):
+    """Control-C comes when so many snapshots are made; -> what counts them."""
+    made, record = [], Ablations.record
 
     def interrupted(self, *rest):
-        if len(made) == 2:
+        if len(made) == n:
             raise KeyboardInterrupt
         made.append(1)
         return record(self, *rest)
 
     monkeypatch.setattr(Ablations, "record", interrupted)
+    return made
+
+
+def test_an_interrupted_sweep_goes_on(run, command, monkeypatch, capsys):
+    arguments = command(run, "--heads", "1:0", "--snapshots", "4")
+    assert ablate.main([*arguments, "--out", "whole.npz"]) == 0
+    whole, made = read_records(Path("whole.npz")), interrupted_after(2, monkeypatch)
     assert ablate.main(arguments) == 130
     assert capsys.readouterr().err == "stopped\n"
     assert len(read_records(run / "ablations-unfinished.npz")) == 2
@@ -289,15 +295,7 @@ def test_an_interrupted_sweep_goes_on(run, command, monkeypatch, capsys):
 
 def test_a_finished_sweep_is_extended_even_if_interrupted(run, command, monkeypatch):
     assert ablate.main(command(run, "--heads", "1:0", "--snapshots", "2")) == 0
-    few, made, record = read_records(run / "ablations.npz"), [], Ablations.record
-
-    def interrupted(self, *rest):
-        if len(made) == 1:
-            raise KeyboardInterrupt
-        made.append(1)
-        return record(self, *rest)
-
-    monkeypatch.setattr(Ablations, "record", interrupted)
+    few, made = read_records(run / "ablations.npz"), interrupted_after(1, monkeypatch)
     more = command(run, "--heads", "1:0", "--snapshots", "6")
     assert ablate.main(more) == 130
     assert len(read_records(run / "ablations-unfinished.npz")) == len(few) + 1

@@ -19,7 +19,7 @@ IMPORTS = {
     "records": "safety snapshots",
     "machine": "safety",
     "measure": "safety metrics data kernels",
-    "evaluate": "safety machine parallel metrics corpora snapshots records measure",
+    "evaluate": "plots safety machine parallel metrics corpora snapshots records measure",
     "circuits": "plots safety machine parallel metrics model measure evaluate",
     "tasks": "safety machine parallel vocabulary model measure evaluate",
     "passage": "safety machine parallel vocabulary records evaluate tasks",
