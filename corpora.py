@@ -56,13 +56,16 @@ def open_corpus(data="python", vocabulary=None, n_tokens=0, root=CORPUS_FOLDER):
     """
     path = Path(data)
     if data == "fineweb":
-        path = fetch_fineweb(Path(root) / "fineweb", n_tokens)
-    elif data != "python" and not path.exists():
+        files = fetch_fineweb(Path(root) / "fineweb", n_tokens)
+        # one corpus, however much of it is fetched
+        return _open_shards(data, files, vocabulary or "gpt2", n_hashed=1)
+    if data != "python" and not path.exists():
         raise BadInput(
             f"--data {data}: no such file or folder (python and fineweb are the built-in corpora)"
         )
-    if data != "python" and (path.suffix == ".bin" or list(path.glob("*.bin"))):
-        return _open_shards(path, vocabulary or "gpt2")
+    shards = [path] if path.suffix == ".bin" and path.is_file() else sorted(path.glob("*.bin"))
+    if shards and data != "python":
+        return _open_shards(path.stem, shards, vocabulary or "gpt2")
     vocabulary = vocabulary or (PYTHON_1024 if data == "python" else "gpt2")
     # "." has a name, too
     folder = Path(root) / f"{Path(os.path.abspath(data)).stem}-{Path(vocabulary).stem}"
@@ -298,11 +301,10 @@ def _sha256(shards):
 # --- shards that exist already
 
 
-def _open_shards(path, vocabulary):
-    """A .bin file, or a folder of them of which those with "val" in their names are held out; one
-    alone gives its last tenth.
+def _open_shards(name, files, vocabulary, n_hashed=None):
+    """Those with "val" in their names are held out; if there are none, or only such, the last
+    file's last tenth is. n_hashed: of how many training shards the hash tells (None: all).
     """
-    files = [path] if path.is_file() else sorted(path.glob("*.bin"))
     held_out = [file for file in files if re.search(r"(^|[_-])val", file.name)]
     train = [read_shard(file) for file in files if file not in held_out]
     val = [read_shard(file) for file in held_out]
@@ -314,7 +316,8 @@ def _open_shards(path, vocabulary):
     if vocabulary != "gpt2":  # which tiktoken would download
         encoding = load_vocabulary(vocabulary)
         d_vocab, start = encoding.n_vocab, encoding.eot_token
-    return Corpus(path.stem, vocabulary, d_vocab, start, _sha256([*train, *val]), train, val)
+    sha256 = _sha256([*train[:n_hashed], *val])
+    return Corpus(name, vocabulary, d_vocab, start, sha256, train, val)
 
 
 FINEWEB_URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/"
@@ -324,16 +327,17 @@ FINEWEB_SHARD_TOKENS = 100_000_000
 
 def fetch_fineweb(folder, n_tokens, url=FINEWEB_URL):
     """Fetches the held-out shard and as many training shards as n_tokens need; what is already
-    there is kept. -> folder
+    there is kept. -> their paths, the held-out one first.
     """
     needed = max(1, -(-n_tokens // FINEWEB_SHARD_TOKENS))
     if needed > FINEWEB_SHARDS:
         print(f"FineWeb's public sample has {FINEWEB_SHARDS} shards: some tokens will come twice")
     names = ["val_000000", *(f"train_{n:06d}" for n in range(1, min(needed, FINEWEB_SHARDS) + 1))]
     folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        download_shard(f"{url}fineweb_{name}.bin", folder / f"fineweb_{name}.bin")
-    return folder
+    paths = [folder / f"fineweb_{name}.bin" for name in names]
+    for path in paths:
+        download_shard(f"{url}{path.name}", path)
+    return paths
 
 
 def download_shard(url, path, attempts=5, wait=2.0):

@@ -22,7 +22,7 @@ from safety import BadInput
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4
 EVALUATION_SEED = 512  # never moved by --seed
-COUNTED_TOKENS = 20_000_000  # of each shard, for the frequencies behind `random_tokens`
+COUNTED_TOKENS = 20_000_000  # the first, for the frequencies behind `random_sequences`
 
 
 def shard_header(n_tokens):
@@ -64,7 +64,7 @@ class Corpus:
     vocabulary: str  # what load_vocabulary takes
     d_vocab: int
     start_token: int  # <|endoftext|>: at position 0 of every row, and between documents
-    sha256: str  # of all tokens, training before held-out
+    sha256: str  # of all tokens, training before held-out; of FineWeb's first shard of either
     train: list
     val: list
 
@@ -160,7 +160,10 @@ def random_sequences(corpus, n_examples=10, length=25, repeats=1, start=True):
 
 
 def _ordinary_tokens(corpus):
-    counts = sum(np.bincount(shard[:COUNTED_TOKENS], minlength=2**16) for shard in corpus.train)
+    counts, left = np.zeros(2**16, dtype=np.int64), COUNTED_TOKENS
+    for shard in corpus.train:
+        counts += np.bincount(shard[:left], minlength=2**16)
+        left -= len(shard[:left])
     if counts[corpus.d_vocab :].any():
         corpus.refuse(counts.nonzero()[0].max())
     counts[corpus.start_token] = 0

@@ -169,6 +169,11 @@ class RunFolder:
             took = time.time() - began
             self.next_state = began + STATE_SHARE * took
 
+    def read_summary(self):
+        """That of a run which is finished and taken up once more, else {}."""
+        path = self.folder / "summary.json"
+        return read_json(path) if path.exists() else {}
+
     def write_summary(self, summary):
         if self.writes:
             write_json(self.folder / "summary.json", summary)

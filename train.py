@@ -385,7 +385,8 @@ def train(args, ranks, dtype):
             saved, _ = load_snapshot(path, kernels=args.kernels, dtype=dtype)
             return measure(saved.to(args.device), examples, cores, ranks)
 
-        shown = evaluate.summarise(run.records, measure_again)
+        by_hand = evaluate.window_by_hand(run.read_summary(), run.records)
+        shown = evaluate.summarise(run.records, measure_again, by_hand)
     seconds = clock.read()
     summary = {
         "tokens": tokens,

@@ -7,10 +7,11 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 
 import corpora
 from corpora import download_shard, fetch_fineweb, open_corpus, python_documents, text_documents
-from data import shard_header
+from data import random_sequences, shard_header
 from safety import BadInput
 from vocabulary import END_OF_TEXT, PYTHON_1024, load_vocabulary
 
@@ -305,6 +306,16 @@ def test_fineweb_is_fetched_as_far_as_needed_and_once(server, tmp_path):
     assert len(server.requests) == 3
     corpus = open_corpus(str(tmp_path / "f"))
     assert len(corpus.train) == 2 and len(corpus.val) == 1
+
+
+def test_fineweb_is_one_corpus_however_much_of_it_is_asked_for(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("data.COUNTED_TOKENS", 300_000)
+    *_, last = fetch_fineweb(tmp_path / "fineweb", 150_000_000, server.url)
+    last.write_bytes(shard_header(200_000) + np.arange(400_000, dtype=np.uint16)[::2].tobytes())
+    whole, part = (open_corpus("fineweb", None, n, tmp_path) for n in (150_000_000, 0))
+    assert [len(corpus.train) for corpus in (whole, part)] == [2, 1]
+    assert (whole.name, whole.sha256) == (part.name, part.sha256)
+    assert torch.equal(random_sequences(whole), random_sequences(part))
 
 
 def test_a_dropped_connection_is_taken_up_where_it_broke(server, tmp_path):

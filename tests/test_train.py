@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+import evaluate
 import machine
 import records
 import train
@@ -377,8 +378,13 @@ def test_control_c_ends_cleanly_between_snapshots_too(workplace, text_file):
 def test_resuming_a_finished_run_changes_nothing(workplace, text_file):
     train.main(flags(text_file))
     before = losses("run")
+    window = f"run --device cpu --examples 4 --window 0.02 {20 * STEP / 1e6}".split()
+    text = ["--data", str(text_file), "--vocabulary", PYTHON_1024]
+    assert evaluate.main([*window, *text]) == 0  # a phase change set by hand
+    change = json.loads(Path("run/summary.json").read_text())["phase_change"]
     assert train.main(flags(text_file, "--resume")) == 0
     assert losses("run") == before
+    assert json.loads(Path("run/summary.json").read_text())["phase_change"] == change
 
 
 def test_a_loss_that_is_not_a_number_stops_with_the_last_good_snapshot(
