@@ -190,10 +190,13 @@ def phase_change(scores, tokens, smallest=0.1):
 
 def half_way(values):
     """Index of the first snapshot at which `values`, smoothed over five snapshots, has made half
-    its way from its first value to its last; 0 if these are the same.
+    its way from the mean of its first five to that of its last five (of few snapshots, from a
+    quarter to a quarter); 0 if these are the same.
     """
-    values = _smooth(torch.as_tensor(values, dtype=torch.float64))
-    progress = (values - values[0]) / (values[-1] - values[0])
+    values = torch.as_tensor(values, dtype=torch.float64)
+    few = max(1, min(5, len(values) // 4))
+    start, end = values[:few].mean(), values[-few:].mean()
+    progress = (_smooth(values) - start) / (end - start)
     return int((progress.nan_to_num(1) >= 0.5).nonzero()[0])
 
 

@@ -113,7 +113,7 @@ ATTENTION_ONLY = "1L 2L 3L 4L 5L 6L"
 WITH_MLPS = "1L-mlp 2L-mlp 3L-mlp 4L-mlp 5L-mlp 6L-mlp"
 SMEARED = "1L 1L-smear 2L 2L-smear"
 SEEDS = "1L-1 1L-2 2L-1 2L-2"
-SMEARED_SEEDS = "1L-smear-1 1L-smear-2"
+SMEARED_SEEDS = "1L-smear-1 1L-smear-2 2L-smear-1 2L-smear-2"
 BOOKS = "1L-books 1L-smear-books 2L-books"
 WIDTHS = "2L-d64 2L 2L-d192 2L-d384 2L-d1536"
 # name of the picture: its script in plots/ and flags; the runs that it shows, if they are there;
@@ -122,7 +122,7 @@ FIGURES = {
     "phase-change": ("phase_change.py", "1L 2L 1L-smear"),
     "phase-change-attention-only": ("phase_change.py", ATTENTION_ONLY),
     "phase-change-mlp": ("phase_change.py", WITH_MLPS),
-    "trajectories": ("trajectories.py", f"{ATTENTION_ONLY} {WITH_MLPS}"),
+    "trajectories": ("trajectories.py", f"{ATTENTION_ONLY} {WITH_MLPS}", SEEDS),
     "trajectories-smear-books": (
         "trajectories.py",
         f"{SMEARED} {BOOKS}",

@@ -30,10 +30,12 @@ def nearest(tokens, when):
 
 
 def half_way(tokens, values):
-    """Tokens by which `values` [snapshot] have made half their way from the first to the last, in
-    proportion between snapshots (metrics.half_way: the snapshot).
+    """Tokens by which `values` [snapshot] have made half their way from the mean of the first five
+    to that of the last five, in proportion between snapshots (metrics.half_way: the snapshot).
     """
-    way = (values - values[0]) / (values[-1] - values[0])
+    few = max(1, min(5, len(values) // 4))
+    start, end = values[:few].mean(), values[-few:].mean()
+    way = (values - start) / (end - start)
     after = int(np.argmax(way >= 0.5))
     return float(np.interp(0.5, way[after - 1 : after + 1], tokens[after - 1 : after + 1]))
 
@@ -144,16 +146,37 @@ def context_slope(loss_by_position, first=51, last=None):
     return binned @ x / (x @ x)
 
 
+def context_slope_error(loss_by_position, first, last):
+    """Standard error of `context_slope`."""
+    weights = context_slope(np.eye(len(loss_by_position)), first, last)  # of each position
+    return noise(loss_by_position, first, last) * np.sqrt((weights**2).sum())
+
+
+def bin_errors(loss_by_position):
+    """Standard errors of the means of `log_bins`."""
+    weights = log_bins(np.eye(len(loss_by_position)))[1]  # [position, bin]
+    return noise(loss_by_position) * np.sqrt((weights**2).sum(axis=0))
+
+
+def noise(loss_by_position, first=51, last=None):
+    """Standard deviation of single positions from a straight line in ln(position), nats."""
+    y = loss_by_position[first - 1 : last]
+    x = np.log(np.arange(first, first + len(y)))
+    off = y - np.polyval(np.polyfit(x, y, 1), x)
+    return np.sqrt((off**2).sum() / (len(x) - 2))
+
+
 def loss_to_last(loss_by_position):
     """Loss of the last bin minus loss of each (paper: "Loss(-1) - Loss(i)"): (positions, nats)."""
     centres, binned = log_bins(loss_by_position)
     return centres, binned[..., -1:] - binned
 
 
-def gap_share(small, large, position=10, least=0.01):
+def gap_share(small, large, position=10, least=0.12):
     """Share of the gap between two models' losses by position, averaged over the last quarter of
     the context, that is there by the given position (a mean over five); nan if the large model is
-    better by less than `least` nats: of no gap there is no share.
+    better by less than `least` nats: of no gap there is no share. (Between models of `mini`, a mean
+    over five positions and 300 examples is off by 0.03.)
     """
     gap = small - large
     last = gap[-len(gap) // 4 :].mean()

@@ -6,7 +6,8 @@ where it holds. The verdict follows from them and is typed nowhere:
     reproduced                    every check holds in every model
     partly                        at least half of them hold
     not reproduced                fewer do
-    not testable at this scale    none of the models is one that the claim is about
+    not testable at this scale    none of the models is one that the claim is about, or differences
+                                  are within their noise
     no records                    what it needs has not been measured
 
 Without some of what it needs a claim is reproduced in part at best.
@@ -18,6 +19,7 @@ from collections.abc import Callable
 
 CLAIMS = []
 ENOUGH = 300  # examples for a curve over the context
+WITHIN_NOISE = "differences within their noise"
 NONE = math.nan  # what a model without a phase change has: no comparison with it holds
 
 
@@ -51,10 +53,11 @@ class Check:
     holds: dict  # {the same: bool}; empty where the value is told and not judged
     form: str  # of a value; none: the words tell it
     of_large: bool = False  # judged in large models alone
+    missing: str = "no records"  # why there are no values
 
     def __str__(self):
         if not self.values:
-            return f"{self.what}: no records"
+            return f"{self.what}: {self.missing}"
         numbers = [value for value in self.values.values() if not math.isnan(value)]
         told = self.what
         if self.form:
@@ -78,7 +81,8 @@ def check(what, values, holds=None, form="+.2f", **more):
 
 def verdict(checks):
     if not any(check.values for check in checks):
-        return "no records"
+        recorded = any(check.missing == WITHIN_NOISE for check in checks)
+        return "not testable at this scale" if recorded else "no records"
     judged = [holds for check in checks for holds in check.holds.values()]
     if not judged:
         of_large = any(check.of_large for check in checks)
@@ -120,8 +124,8 @@ def families(runs, least=2):
     """Models that differ in size alone, smallest first, one layer left out: {what differs: runs};
     none of them if they are fewer than `least`.
     """
-    plain = [run for run in deep(runs) if run.seed == 0]
-    wide = [run for run in runs.values() if run.series == "width"]
+    plain = [run for run in settled(deep(runs)) if run.seed == 0]
+    wide = settled([run for run in runs.values() if run.series == "width"])
     shapes = {shape(run) for run in wide}
     found = {
         "depth": [run for run in plain if run.series == "attention-only"],
@@ -161,6 +165,13 @@ def examples(models):
 def is_over(run):
     """Whether its phase change has an afterwards: training went on."""
     return run.window is not None and run.window[1] < run.millions[-1]
+
+
+def settled(models):
+    """Those that training did not leave in the middle of their phase change: of the others nothing
+    is known of its end, nor of what comes after.
+    """
+    return [run for run in models if run.window is None or is_over(run)]
 
 
 def loss_curve(run):

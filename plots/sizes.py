@@ -41,6 +41,10 @@ def draw(runs):
             (gap, analysis.log_bins(losses - largest)),
         ):
             ax.plot(positions, values, marker=".", ms=4, label=label_of(run, runs), **style_of)
+        error = 2 * analysis.bin_errors(losses - largest)
+        gap.fill_between(
+            positions, values - error, values + error, color=style_of["color"], alpha=0.12
+        )
         draw_speed(speed, run, style_of)
     to_last.set_title("F16  loss at the last index minus loss at each")
     loss.set_title("F17a  loss at each index")
@@ -60,7 +64,8 @@ def draw(runs):
     style.caption(
         figure,
         f"Paper: figures F16 to F18. F16 and F17 at the end of training on {n_examples:,} examples,"
-        " in bins of equal width in ln index; the last bin stands for the last index. F18 on"
+        " in bins of equal width in ln index, F17b ± 2 standard errors; the last bin stands for the"
+        " last index. F18 on"
         f" {style.counted(run.n_whole for run in runs)} examples at every snapshot, slopes of lines"
         " fitted in ln tokens; bars: phase changes.",
     )

@@ -81,7 +81,7 @@ WORST = GOOD | {
     "mlp_layer": 0,
     "eigenvalues": -1.0,
     "spread": 0.4,
-    "context_spread": 0.5,
+    "context_spread": -0.5,
     "early_share": 0.1,
     "steeper": -0.6,
     "order": (0.1, -0.05),

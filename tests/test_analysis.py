@@ -129,7 +129,17 @@ def test_share_of_a_gap_by_the_tenth_token():
     gap = np.where(np.arange(1, 513) < 100, 0.3, 0.4)
     assert analysis.gap_share(large + gap, large) == pytest.approx(0.75)
     assert np.isnan(analysis.gap_share(large, large + gap))
-    assert np.isnan(analysis.gap_share(large + 0.009, large))
+    assert np.isnan(analysis.gap_share(large + 0.119, large))
+    assert analysis.gap_share(large + 0.121, large) == pytest.approx(1)
+
+
+def test_errors_over_the_context_are_the_spread_over_many_draws():
+    position, rng = np.arange(1, 513), np.random.default_rng(0)
+    draws = 3 - 0.2 * np.log(position) + 0.1 * rng.standard_normal((2000, 512))
+    errors = [analysis.context_slope_error(draw, 50, 200) for draw in draws[:50]]
+    assert np.mean(errors) == pytest.approx(analysis.context_slope(draws, 50, 200).std(), rel=0.05)
+    of_bins = np.mean([analysis.bin_errors(draw) for draw in draws[:50]], axis=0)
+    assert of_bins == pytest.approx(analysis.log_bins(draws)[1].std(axis=0), rel=0.1)
 
 
 def test_positive_share_counts_what_is_positive_alone():

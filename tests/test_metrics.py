@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import metrics
+from plots import analysis
 
 
 def repeated_tokens(n_examples=3, length=25, repeats=4, seed=0):
@@ -334,3 +335,6 @@ def test_half_way_takes_no_notice_of_a_single_snapshot():
     values = np.linspace(0, 1, 41)
     values[5] = 1
     assert metrics.half_way(values) == 20
+    values[-1] = 1.5  # alone it would put half way at 30
+    assert metrics.half_way(values) == 22
+    assert analysis.half_way(np.arange(41), analysis.smooth(values)) == pytest.approx(22, abs=1)

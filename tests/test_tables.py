@@ -170,7 +170,7 @@ def test_how_much_of_the_attribution_other_heads_may_have(tmp_path, others, want
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_change_that_training_cuts_off_has_no_speed_afterwards(tmp_path):
+def test_a_change_that_training_cuts_off_is_not_asked_what_came_after(tmp_path):
     world = make_world(tmp_path / "mini")
     for name in ("2L", "2L-d64"):
         path = world / name / "summary.json"
@@ -181,8 +181,10 @@ def test_a_change_that_training_cuts_off_has_no_speed_afterwards(tmp_path):
         path.write_text(json.dumps(summary))
     found = [str(c) for c in BY_NAME["Q15"].judge(load_all(world))]
     assert "after, width: no records" in found and "before, width: no records" in found
-    speed = {c.what: c.holds for c in BY_NAME["Q1"].judge(load_all(world))}["speed afterwards"]
-    assert [name for name, holds in speed.items() if not holds] == ["2L"]
+    for name, what in ("Q1", "speed afterwards"), ("Q2", "share"), ("Q7", "degrees after"):
+        judged = {c.what: c.holds for c in BY_NAME[name].judge(load_all(world))}
+        assert "3L" in judged[what] and "2L" not in judged[what] and all(judged[what].values())
+    assert "2L" in judged["degrees within"]
 
 
 @pytest.mark.parametrize("name", BY_NAME)
@@ -268,10 +270,13 @@ def test_pattern_matching_is_asked_of_large_models(tmp_path, parameters, attenti
 def test_the_evidence_is_counted(good):
     runs = load_all(good)
     models, examples, ablations, snapshots = BY_NAME["Q16"].judge(runs)
-    assert (models.values[""], examples.values[""], snapshots.values[""]) == (13, 400, 89)
+    assert (models.values[""], examples.values[""], snapshots.values[""]) == (13, 88, 89)
     assert ablations.values[""] == 4 * 2 * (2 + 3 + 4 + 2 + 5 + 6 + 2 + 2 + 2 + 2)
-    some = next(iter(runs.values()))
-    some.summary["examples"], some.measurements["tokens"] = 10_000, np.arange(200)
+    some = runs["2L"]
+    some.measurements.update(per_token_loss=np.zeros((200, 10_000)), tokens=np.arange(200))
+    some.ablations["examples"] = np.array([10_000, 9_999])
+    assert not list(BY_NAME["Q16"].judge({"one": some}))[1].holds[""]
+    some.ablations["examples"] = np.array([10_000])
     seeds = {str(n): some for n in range(34)}
     models, examples, _, snapshots = BY_NAME["Q16"].judge(seeds)
     assert models.values[""] == 1 and examples.holds[""] and snapshots.holds[""]
