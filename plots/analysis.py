@@ -30,12 +30,13 @@ def nearest(tokens, when):
 
 
 def half_way(tokens, values):
-    """Tokens by which `values` [snapshot] have made half their way from the mean of the first five
-    to that of the last five, in proportion between snapshots (metrics.half_way: the snapshot).
+    """Tokens by which `values` [snapshot], smoothed, have made half their way from the mean of the
+    first five to that of the last five, in proportion between snapshots (metrics.half_way: the
+    snapshot).
     """
     few = max(1, min(5, len(values) // 4))
     start, end = values[:few].mean(), values[-few:].mean()
-    way = (values - start) / (end - start)
+    way = (smooth(values) - start) / (end - start)
     after = int(np.argmax(way >= 0.5))
     return float(np.interp(0.5, way[after - 1 : after + 1], tokens[after - 1 : after + 1]))
 

@@ -123,7 +123,7 @@ def half_ways(run):
     raised = np.array([snapshot["heads"][best]["ov_raise"] for snapshot in snapshots])
     tokens = np.array([snapshot["tokens"] for snapshot in snapshots])
     curves = [matching.max(axis=1), measured["icl_band_score"]]
-    times = [analysis.half_way(measured["tokens"], analysis.smooth(curve)) for curve in curves]
+    times = [analysis.half_way(measured["tokens"], curve) for curve in curves]
     return np.array([*times, analysis.half_way(tokens, raised)]) / 1e6
 
 
