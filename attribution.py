@@ -106,21 +106,17 @@ class Ablations:
         return record
 
     def scores(self, losses):
-        """losses [example, scored] -> {name: (value, standard error)}."""
-        column = {position: n for n, position in enumerate(self.scored, start=1)}
-
-        def columns(positions):
-            return [column[n] for n in positions]
-
+        """losses [example, scored], last those at each example's own position -> {name: (value, its
+        standard error)}, nats.
+        """
+        by_position = losses.new_full((len(losses), N_CTX), torch.nan)
+        by_position[:, [n - 1 for n in self.scored]] = losses[:, :-1]
         scores = {
-            "icl_score": metrics.in_context_learning_score(
-                losses, *columns([metrics.EARLY, metrics.LATE])
-            ),
+            "icl_score": metrics.in_context_learning_score(by_position),
             "loss": metrics.mean_and_error(losses[:, -1]),
         }
         if not self.args.no_bands:
-            bands = columns(metrics.EARLY_BAND), columns(metrics.LATE_BAND)
-            scores["icl_band_score"] = metrics.band_score(losses, *bands)
+            scores["icl_band_score"] = metrics.band_score(by_position)
         return scores
 
     def effect(self, change):
@@ -153,7 +149,7 @@ class Ablations:
                 how = means, self.args.freeze_layernorm
                 return sweep(model, inputs, targets, at, ablations, *how).transpose(0, 1)
             hooks = (ablation(heads, means) for heads in ablations)
-            losses = [model.losses(inputs, targets, hook, pattern=False, at=at) for hook in hooks]
+            losses = [model.losses(inputs, targets, hook, pattern=None, at=at) for hook in hooks]
             return torch.stack(losses, dim=1)
 
         parts = []

@@ -14,6 +14,7 @@ is printed and appended to results/bench.jsonl with all that it takes to repeat 
 
 import dataclasses
 import gc
+import itertools
 import json
 import sys
 import time
@@ -117,28 +118,21 @@ def nanogpt_step(config, n_rows, tokens, device):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss
+        return loss.detach()
 
     return step
 
 
 def our_step(config, recipe, corpus, cores, device, dtype):
-    """The body of train.py's loop."""
+    """`train.train_step` on one batch after the other; returns its loss."""
     kernels = machine.pick_kernels(None, device)
     with machine.multiplying_in(dtype, device) as dtype:
         model = Transformer(config, kernels, dtype).init_weights(0).to(device)
-    parameters = list(model.parameters())
-    optimizer = train.make_optimizer(model, recipe)
-    ranks, steps = Ranks(device), iter(range(10**9))
-    n_tokens = recipe.n_rows * config.n_ctx
+    optimizer, ranks = train.make_optimizer(model, recipe), Ranks(device)
+    steps = itertools.count()
 
     def step():
-        n = next(steps)
-        batch = train.training_batch(corpus, config.n_ctx, recipe.n_rows, 0, n)
-        batch = [part.to(device) for part in batch]
-        total = train.loss_and_gradient(model, parameters, *batch, n_tokens, cores, ranks)
-        train.update(optimizer, parameters, total[1:], recipe, n, n_tokens)
-        return total[0]
+        return train.train_step(model, optimizer, corpus, recipe, 0, next(steps), cores, ranks)[0]
 
     return step
 
@@ -162,7 +156,7 @@ def bench_train(seconds, device):
     gpu = device.type == "cuda"
     scale, turns, at_once = ("small", 2, 10) if gpu else ("mini", 8, 1)
     corpus, recipe, cores = open_corpus(), train.RECIPES[scale], Cores(device)
-    config = config_for(scale, 2, True, GPT2_TOKENS if gpu else corpus.d_vocab)
+    config = config_for(scale, 2, GPT2_TOKENS if gpu else corpus.d_vocab, attn_only=True)
     baseline = nanogpt_step(config, recipe.n_rows, corpus.train[0], device)
     # as users run them: name, cores for each operation, products, function
     steps = [("nanoGPT's recipe", AVAILABLE_CORES, DTYPE_OF_NANOGPT[device.type], baseline)]
@@ -176,7 +170,7 @@ def bench_train(seconds, device):
     def turn(threads, dtype, step, run):
         def some_steps():
             losses = [step() for _ in range(at_once)]
-            return losses[-1].item()
+            return float(losses[-1])  # waits for a GPU
 
         torch.set_num_threads(threads)
         with machine.multiplying_in(dtype, device):
@@ -337,7 +331,9 @@ def bench_ablate(seconds, device):
     and one example.
     """
     for n_layers, n_examples in (2, 4), (6, 2):
-        config = ModelConfig(n_layers, 768, 12, 64, 0, 512, 50_257)
+        config = ModelConfig(
+            n_layers, d_model=768, n_heads=12, d_head=64, d_mlp=0, n_ctx=512, d_vocab=50_257
+        )
         model = Transformer(config).init_weights(0)
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(50_257, (n_examples, 513), generator=generator)

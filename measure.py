@@ -173,7 +173,7 @@ def scores_on_repeated(model, tokens):
                 scores[score].append(matching)
 
     fused = model.kernels == "triton"
-    model.residual(tokens, hook, pattern=not fused)
+    model.residual(tokens, hook, pattern=None if fused else "whole")
     if patterns:  # all layers at once: the keys that match are the same
         pattern = torch.cat(patterns, dim=1)
         for score, offset in offsets.items():
@@ -228,7 +228,7 @@ def scores_on_text(model, tokens, targets):
             scores[layer] += attention / (tokens.shape[1] - 1)  # the first has none before it
 
     fused = model.kernels == "triton"
-    losses = model.losses(tokens, targets, hook, pattern=False if fused else "tiles")
+    losses = model.losses(tokens, targets, hook, pattern=None if fused else "tiles")
     return scores, losses.float()
 
 

@@ -13,24 +13,24 @@ EARLY, LATE = 50, 500
 EARLY_BAND, LATE_BAND = (30, 70), (400, 511)
 
 
-def in_context_learning_score(losses, early=EARLY, late=LATE):
+def in_context_learning_score(losses):
     """Loss at the 500th token minus loss at the 50th ("Key concepts"): negative, and the more so
     the better the model uses its context.
 
     losses [example, pos] -> (score, its standard error over the examples), nats.
     """
-    return mean_and_error(losses[:, late - 1] - losses[:, early - 1])
+    return mean_and_error(losses[:, LATE - 1] - losses[:, EARLY - 1])
 
 
-def band_score(losses, early=EARLY_BAND, late=LATE_BAND):
+def band_score(losses):
     """The in-context learning score with each of its two positions widened to a band, both ends
     included.
 
-    The same quantity with a quarter of the noise, for finding the phase change in few examples;
-    (score, error).
+    The same quantity with a quarter of the noise, for finding the phase change in few examples:
+    losses [example, pos] -> (score, error), nats.
     """
-    late_loss = losses[:, late[0] - 1 : late[1]].mean(dim=1)
-    return mean_and_error(late_loss - losses[:, early[0] - 1 : early[1]].mean(dim=1))
+    early, late = (losses[:, a - 1 : b].mean(dim=1) for a, b in (EARLY_BAND, LATE_BAND))
+    return mean_and_error(late - early)
 
 
 def mean_and_error(values):

@@ -102,7 +102,7 @@ SCALES = {
 }  # fmt: skip
 
 
-def config_for(scale, n_layers, attn_only, d_vocab, smear=False):
+def config_for(scale, n_layers, d_vocab, *, attn_only=False, smear=False):
     """The model of the small series with that many layers, at one of the three scales."""
     sizes = SCALES[scale]
     return ModelConfig(
@@ -120,13 +120,13 @@ def _full_scale(n_layers, n_heads, d_head):
     """
     d_model = n_heads * d_head
     return ModelConfig(
-        n_layers,
-        d_model,
-        n_heads,
-        d_head,
-        4 * d_model,
-        8192,
-        2**16,
+        n_layers=n_layers,
+        d_model=d_model,
+        n_heads=n_heads,
+        d_head=d_head,
+        d_mlp=4 * d_model,
+        n_ctx=8192,
+        d_vocab=2**16,
         windows=(8192, 256) * (n_heads // 2),
     )
 
@@ -134,10 +134,10 @@ def _full_scale(n_layers, n_heads, d_head):
 # Every model shape of the paper by name, at the paper's scale. The books series has the shapes of
 # the small one.
 SERIES = {
-    **{f"small-attn-only-{n}": config_for("paper", n, True, 2**16) for n in range(1, 7)},
-    **{f"small-mlp-{n}": config_for("paper", n, False, 2**16) for n in range(1, 7)},
-    **{f"smear-{n}": config_for("paper", n, True, 2**16, smear=True) for n in (1, 2)},
-    **{f"smear-control-{n}": config_for("paper", n, True, 2**16) for n in (1, 2)},
+    **{f"small-attn-only-{n}": config_for("paper", n, 2**16, attn_only=True) for n in range(1, 7)},
+    **{f"small-mlp-{n}": config_for("paper", n, 2**16) for n in range(1, 7)},
+    **{f"smear-{n}": config_for("paper", n, 2**16, attn_only=True, smear=True) for n in (1, 2)},
+    **{f"smear-control-{n}": config_for("paper", n, 2**16, attn_only=True) for n in (1, 2)},
     "full-13M": _full_scale(4, 8, 64),
     "full-42M": _full_scale(6, 12, 64),
     "full-200M": _full_scale(10, 20, 64),
@@ -192,10 +192,10 @@ class Attention(nn.Module):
         else:
             q, k = per_head(rows_at(placed, at), self.W_Q), per_head(placed, self.W_K)
         q, k, v = touch("q", q), touch("k", k), touch("v", per_head(x, self.W_V))
-        if touch.pattern:  # somebody is looking: it has to exist
+        if touch.pattern == "whole":  # somebody is looking: it has to exist
             pattern = attention_pattern(*at_least_float32(q, k), self.alpha, self.windows, at)
             z = touch("pattern", pattern).to(v.dtype) @ v
-        elif touch.tiles:
+        elif touch.pattern == "tiles":
             z = watched_attention(q, k, v, touch.watch, self.alpha, self.windows)
         else:
             z = attention(q, k, v, self.alpha, self.windows, kernels, at)
@@ -244,7 +244,7 @@ class Transformer(nn.Module):
     Both take `hook(name, layer, value)`, called on resid_pre, ln1_scale, q, k, v, pattern, z,
     resid_mid, ln2_scale, mlp_out and resid_post of every layer and on ln_final_scale and
     resid_final: what it returns replaces the value, None keeps it. (The scale of a LayerNorm is
-    what it divides by.) Without a hook, or with `pattern=False`, no pattern exists in memory; with
+    what it divides by.) Without a hook, or with `pattern=None`, no pattern exists in memory; with
     `pattern="tiles"` the hook sees it in passing, as "pattern_tile": (first query, pattern of some
     queries), which it cannot replace; not together with `at`.
 
@@ -287,11 +287,15 @@ class Transformer(nn.Module):
             block.attn.W_O.data /= self.config.init_gain_later
         return self
 
-    def residual(self, tokens, hook=None, pattern=True, at=None):
+    def residual(self, tokens, hook=None, pattern="whole", at=None):
         """tokens [batch, pos] -> the residual stream after the final LayerNorm, in `dtype`."""
         n_ctx = tokens.shape[1]
         if n_ctx > self.config.n_ctx:
             raise BadInput(f"{n_ctx} tokens do not fit the model's context of {self.config.n_ctx}")
+        if pattern not in ("whole", "tiles", None):
+            raise ValueError(
+                f"pattern={pattern!r}: a hook sees it 'whole', in 'tiles' or not (None)"
+            )
         if pattern == "tiles" and at is not None:
             raise ValueError("tiles are of the pattern of all queries: leave `at` out")
         positions = self.positions[:n_ctx].to(self.dtype)
@@ -305,11 +309,11 @@ class Transformer(nn.Module):
         resid = _normalise(self.ln_final, resid, "ln_final_scale", touch)
         return touch("resid_final", resid.to(self.dtype))
 
-    def forward(self, tokens, hook=None, pattern=True, at=None):
+    def forward(self, tokens, hook=None, pattern="whole", at=None):
         """tokens [batch, pos] -> logits [batch, pos, d_vocab]."""
         return self.residual(tokens, hook, pattern, at) @ self.unembed["W_U"].to(self.dtype)
 
-    def losses(self, tokens, targets, hook=None, pattern=True, at=None):
+    def losses(self, tokens, targets, hook=None, pattern="whole", at=None):
         """Cross-entropy in nats, float32: tokens, targets [batch, pos] -> [batch, pos]."""
         targets = targets if at is None else targets.gather(1, at)
         resid = self.residual(tokens, hook, pattern, at).flatten(0, 1)
@@ -367,13 +371,12 @@ def rows_at(x, at):
 class _Touch:
     """The user's `hook(name, layer, value)`, which may return nothing, as `touch(name, value)`.
 
-    pattern: does it look at the attention pattern? tiles: in passing?
+    pattern: how the hook looks at the attention pattern: "whole", in "tiles", or None, not at all.
     """
 
     def __init__(self, hook, layer, pattern):
         self.hook, self.layer = hook, layer
-        self.tiles = hook is not None and pattern == "tiles"
-        self.pattern = hook is not None and pattern is True
+        self.pattern = pattern if hook else None
 
     def watch(self, first_query, tile):
         self("pattern_tile", (first_query, tile))

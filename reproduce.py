@@ -63,6 +63,8 @@ SCALES = {
 
 @dataclasses.dataclass(frozen=True)
 class Model:
+    """One model to train: what train.py's flags for it are, and what its run is called."""
+
     layers: int
     mlp: bool = False
     smear: bool = False
@@ -73,18 +75,30 @@ class Model:
     @property
     def name(self):
         """2L, 2L-mlp, 1L-smear, 2L-d64, 1L-books; with another seed than 0 1L-smear-1."""
-        parts = [f"{self.layers}L"] + ["mlp"] * self.mlp + ["smear"] * self.smear
-        parts += [f"d{self.d_model}"] * bool(self.d_model) + ["books"] * self.books
-        return "-".join(parts + [str(self.seed)] * bool(self.seed))
+        parts = (
+            f"{self.layers}L",
+            self.mlp and "mlp",
+            self.smear and "smear",
+            self.d_model and f"d{self.d_model}",
+            self.books and "books",
+            self.seed and str(self.seed),
+        )
+        return "-".join(part for part in parts if part)
 
     @property
     def flags(self):
-        parts = [f"--layers {self.layers}"] + ["--attn-only"] * (not self.mlp)
-        parts += ["--smear"] * self.smear
+        sizes = None
         if self.d_model:  # two heads a layer at least, one of them for what is not induction
             heads = max(2, self.d_model // 64)
-            parts.append(f"--d-model {self.d_model} --heads {heads} --d-head 64")
-        return " ".join([*parts, f"--seed {self.seed}"])
+            sizes = f"--d-model {self.d_model} --heads {heads} --d-head 64"
+        parts = (
+            f"--layers {self.layers}",
+            not self.mlp and "--attn-only",
+            self.smear and "--smear",
+            sizes,
+            f"--seed {self.seed}",
+        )
+        return " ".join(part for part in parts if part)
 
     def seconds(self, scale):
         """That two cores need for one token's way through it: at 41e9 multiply-adds a second."""
@@ -204,7 +218,7 @@ def measurements(args, scale, chosen):
         for model in some:
             yield runs / model.name, second_text if model.books else text, model
 
-    few = f" --examples {scale.in_training}" * bool(scale.in_training)
+    few = f" --examples {scale.in_training}" if scale.in_training else ""
     for run, flags, model in each(chosen):
         sizes = f"--scale {scale.name} --tokens {scale.tokens} {model.flags}{few}"
         records = (run / "run.json", run / "measurements.npz", run / "summary.json")
@@ -249,7 +263,9 @@ def measurements(args, scale, chosen):
 
 
 def corpus_flags(data, vocabulary=None):
-    flags = ["--data", str(data)] + ["--vocabulary", str(vocabulary)] * bool(vocabulary)
+    flags = ["--data", str(data)]
+    if vocabulary:
+        flags += ["--vocabulary", str(vocabulary)]
     return shlex.join(flags)
 
 
@@ -268,7 +284,8 @@ def drawings(args, scale, chosen):
             continue
         drawn.add(kind)
         out = results / "figures" / f"{name}.png"
-        words = [f"plots/{script}", *shown, *["--plane", *in_plane] * bool(in_plane), "--out", out]
+        plane = ("--plane", *in_plane) if in_plane else ()
+        words = [f"plots/{script}", *shown, *plane, "--out", out]
         yield Step(" ".join(map(str, words)), (out,), 5, reads=(*shown, *in_plane))
     everything = (*(results / name for name in sorted(names)), results / "figures")
     out = results / "report.html"

@@ -200,5 +200,5 @@ def mean_results(model, inputs):
         if name == "z":
             means.append(value.mean(dim=(0, 2)))
 
-    model.residual(inputs, add, pattern=False)
+    model.residual(inputs, add, pattern=None)
     return torch.stack(means)

@@ -188,7 +188,9 @@ def model_config(args, d_vocab):
         return with_settings(
             dataclasses.replace(SERIES[args.model], d_vocab=d_vocab), args.settings
         )
-    config = config_for(args.scale, args.layers, args.attn_only, d_vocab, args.smear)
+    config = config_for(
+        args.scale, args.layers, d_vocab, attn_only=args.attn_only, smear=args.smear
+    )
     d_model = config.d_model if args.d_model is None else args.d_model
     heads, d_head = args.heads, args.d_head
     if heads is None:
@@ -222,14 +224,20 @@ def training_recipe(args, n_ctx, world):
 
 def default_name(args):
     """What makes this run differ from others, as a folder's name."""
-    parts = [args.model or f"{args.scale}-{args.layers}-layer"]
-    parts += ["attn-only"] * args.attn_only + ["smear"] * args.smear
-    parts += [f"d{args.d_model}"] * bool(args.d_model) + [f"h{args.heads}"] * bool(args.heads)
-    parts += [f"e{args.d_head}"] * bool(args.d_head)
-    parts += [Path(os.path.abspath(args.data)).stem] * (args.data != "python")
-    parts += [setting.replace("=", "-") for setting in args.set]
-    parts += [f"lr-{args.lr}"] * bool(args.lr) + [f"tokens-{args.tokens}"] * bool(args.tokens)
-    return "-".join([*parts, f"seed-{args.seed}"])
+    parts = (
+        args.model or f"{args.scale}-{args.layers}-layer",
+        args.attn_only and "attn-only",
+        args.smear and "smear",
+        args.d_model and f"d{args.d_model}",
+        args.heads and f"h{args.heads}",
+        args.d_head and f"e{args.d_head}",
+        args.data != "python" and Path(os.path.abspath(args.data)).stem,
+        *(setting.replace("=", "-") for setting in args.set),
+        args.lr and f"lr-{args.lr}",
+        args.tokens and f"tokens-{args.tokens}",
+        f"seed-{args.seed}",
+    )
+    return "-".join(part for part in parts if part)
 
 
 def check_space(folder, n_snapshots, n_bytes):
@@ -298,6 +306,19 @@ def update(optimizer, parameters, gradient, recipe, step, tokens):
     return norm.item()
 
 
+def train_step(model, optimizer, corpus, recipe, seed, step, cores, ranks):
+    """One step, counted from 0: draws its batch, follows the gradient -> (mean loss before it, nats
+    a token; norm of the gradient before clipping), the same in every process.
+    """
+    n_ctx, device = model.config.n_ctx, model.positions.device
+    batch = training_batch(corpus, n_ctx, recipe.n_rows, seed, step, ranks.rank, ranks.world)
+    inputs, targets = (part.to(device) for part in batch)
+    parameters, n_tokens = list(model.parameters()), recipe.n_rows * n_ctx
+    total = loss_and_gradient(model, parameters, inputs, targets, n_tokens, cores, ranks)
+    norm = update(optimizer, parameters, total[1:], recipe, step, (step + 1) * n_tokens)
+    return total[0].item(), norm
+
+
 @one_line_errors
 def main(argv=None):
     args = parse_args(argv)
@@ -321,7 +342,6 @@ def train(args, ranks, dtype):
     n_final_examples = min(recipe.n_final_examples, corpus.rows("val", N_CTX))
     final_examples = draw_examples(corpus, n_final_examples, recipe.whole)
     model = Transformer(config, args.kernels, dtype).init_weights(args.seed).to(args.device)
-    parameters = list(model.parameters())
     optimizer = make_optimizer(model, recipe)
 
     # the losses follow from these, but for rounding: that is the machine's and its settings'
@@ -358,17 +378,11 @@ def train(args, ranks, dtype):
             if step == n_steps or interrupts:
                 break
             with clock("training"):
-                batch = training_batch(
-                    corpus, config.n_ctx, recipe.n_rows, args.seed, step, ranks.rank, ranks.world
+                loss, norm = train_step(
+                    model, optimizer, corpus, recipe, args.seed, step, cores, ranks
                 )
-                inputs, targets = (part.to(args.device) for part in batch)
-                total = loss_and_gradient(
-                    model, parameters, inputs, targets, tokens_per_step, cores, ranks
-                )
-                loss = total[0].item()
                 stop_if_not_finite(loss, run, step)
                 tokens += tokens_per_step
-                norm = update(optimizer, parameters, total[1:], recipe, step, tokens)
                 run.write_step(step=step + 1, tokens=tokens, loss=loss, gradient_norm=norm)
             progress.after_step(step + 1, tokens, loss)
 
@@ -377,16 +391,8 @@ def train(args, ranks, dtype):
         say(f"stopped after step {step:,}; the same command with --resume goes on from there")
         return 130
     with clock("evaluation"):
-        ranks.wait()  # until the first process has written the last snapshot
         examples = final_examples.to(args.device)
-
-        def measure_again(index):
-            path = run.snapshot_path(int(run.records[index]["step"]))
-            saved, _ = load_snapshot(path, kernels=args.kernels, dtype=dtype)
-            return measure(saved.to(args.device), examples, cores, ranks)
-
-        by_hand = evaluate.window_by_hand(run.read_summary(), run.records)
-        shown = evaluate.summarise(run.records, measure_again, by_hand)
+        shown = what_it_shows(run, examples, args.kernels, dtype, cores, ranks)
     seconds = clock.read()
     summary = {
         "tokens": tokens,
@@ -402,6 +408,19 @@ def train(args, ranks, dtype):
     run.write_summary(summary)
     say(evaluate.conclusion(summary))
     say(f"{summary['seconds']:.0f} s, {summary['tokens_per_second']:,} tokens/s -> {folder}")
+
+
+def what_it_shows(run, examples, kernels, dtype, cores, ranks):
+    """`evaluate.summarise` of a finished run, its telling snapshots measured again on examples."""
+    ranks.wait()  # until the first process has written the last snapshot
+
+    def measure_again(index):
+        path = run.snapshot_path(int(run.records[index]["step"]))
+        model, _ = load_snapshot(path, kernels=kernels, dtype=dtype)
+        return measure(model.to(examples.inputs.device), examples, cores, ranks)
+
+    by_hand = evaluate.window_by_hand(run.read_summary(), run.records)
+    return evaluate.summarise(run.records, measure_again, by_hand)
 
 
 def stop_if_not_finite(loss, run, step):

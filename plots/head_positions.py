@@ -30,10 +30,12 @@ def draw(runs):
     )  # fmt: skip
     for ax, run in zip(axes.flat, runs, strict=False):
         draw_heads(ax, run)
-        several = sum(other.title == run.title for other in runs) > 1
-        wide = f", width {run.made['config']['d_model']}" * (run.series != "width")
-        among_widths = any(other.series == "width" for other in runs)
-        ax.set_title(run.title + wide * among_widths + f", seed {run.seed}" * several)
+        title = run.title  # which tells the width only in a width sweep
+        if run.series != "width" and any(other.series == "width" for other in runs):
+            title += f", width {run.made['config']['d_model']}"
+        if sum(other.title == run.title for other in runs) > 1:
+            title += f", seed {run.seed}"
+        ax.set_title(title)
     for ax in axes.flat[len(runs) :]:
         ax.set_axis_off()
     for ax in axes[:, 0]:

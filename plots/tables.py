@@ -95,10 +95,15 @@ def window_of(run):
 def model_name(run):
     config = run.made["config"]
     word = WORDS[run.n_layers] if run.n_layers < len(WORDS) else str(run.n_layers)
-    details = ["with MLPs"] * (config["d_mlp"] > 0) + ["smeared keys"] * config["smear"]
-    details += [f"width {config['d_model']}"] * (run.series == "width")
-    details += ["second corpus"] * (run.series == "second corpus") + [f"seed {run.seed}"]
-    return f"{word} layer{'s' * (run.n_layers > 1)}, {', '.join(details)}"
+    parts = (
+        f"{word} layer{'s' if run.n_layers > 1 else ''}",
+        config["d_mlp"] > 0 and "with MLPs",
+        config["smear"] and "smeared keys",
+        run.series == "width" and f"width {config['d_model']}",
+        run.series == "second corpus" and "second corpus",
+        f"seed {run.seed}",
+    )
+    return ", ".join(part for part in parts if part)
 
 
 def with_error(shown, name):

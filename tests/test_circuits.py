@@ -307,7 +307,7 @@ def test_composition_equals_that_of_dense_matrices():
 
 
 def test_composition_of_random_weights_is_chance():
-    model = Transformer(config_for("mini", 3, True, 100)).init_weights(0)
+    model = Transformer(config_for("mini", 3, 100, attn_only=True)).init_weights(0)
     for values in circuits.composition(model).values():
         assert abs(np.nanmean(values)) < 0.003  # of 0.089; trained heads reach 0.07 above it
 
@@ -352,10 +352,10 @@ def run(text_file, corpus, workplace):
     origin = {"data": str(text_file), "name": corpus.name, "sha256": corpus.sha256}
     (workplace / "run" / "snapshots").mkdir(parents=True)
     for step in (0, 5):
-        model = Transformer(config_for("mini", 2, True, 1024)).init_weights(step)
+        model = Transformer(config_for("mini", 2, 1024, attn_only=True)).init_weights(step)
         path = workplace / "run" / "snapshots" / f"step_{step:07d}.pt"
         save_snapshot(path, model, step, 100 * step, origin)
-    model = Transformer(config_for("mini", 1, True, 1024)).init_weights(0)
+    model = Transformer(config_for("mini", 1, 1024, attn_only=True)).init_weights(0)
     save_snapshot(workplace / "one.pt", model, 0, 0, origin)
     return workplace / "run"
 
@@ -414,11 +414,11 @@ def test_bad_input_is_one_line(run, command, tmp_path, capsys):
     assert "folder of a run" in refused(command("one.pt", "--snapshots", "2"))
     assert "pass --data" in refused([str(run)])
     origin = {"data": "python", "name": "x", "sha256": "y"}
-    model = Transformer(config_for("mini", 1, True, 500)).init_weights(0)
+    model = Transformer(config_for("mini", 1, 500, attn_only=True)).init_weights(0)
     save_snapshot(tmp_path / "small.pt", model, 0, 0, origin)
     assert "a vocabulary of 500" in refused(command("small.pt"))
     with torch.no_grad():
-        model = Transformer(config_for("mini", 1, True, 1024)).init_weights(0)
+        model = Transformer(config_for("mini", 1, 1024, attn_only=True)).init_weights(0)
         model.blocks[0].attn.W_V[0, 0, 0] = torch.nan
     save_snapshot(tmp_path / "diverged.pt", model, 0, 0, origin)
     assert "not numbers" in refused(command("diverged.pt"))

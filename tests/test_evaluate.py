@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def model():
     """Untrained, but loud enough that heads differ."""
-    model = Transformer(config_for("mini", 2, True, 1024, smear=True)).init_weights(3)
+    model = Transformer(config_for("mini", 2, 1024, attn_only=True, smear=True)).init_weights(3)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter *= 4 if parameter.dim() > 1 else 1
@@ -456,7 +456,7 @@ def test_bad_input_is_one_line(run, text_file, tmp_path, capsys):
 
 
 def test_a_vocabulary_of_another_size_is_refused(run, text_file, tmp_path, capsys):
-    model = Transformer(config_for("mini", 1, True, 500)).init_weights(0)
+    model = Transformer(config_for("mini", 1, 500, attn_only=True)).init_weights(0)
     origin = {"data": "python", "name": "x", "sha256": "y"}
     save_snapshot(tmp_path / "small.pt", model, 0, 0, origin)
     assert "a vocabulary of 500" in refused(capsys, command(tmp_path / "small.pt", text_file))

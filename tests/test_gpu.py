@@ -137,7 +137,9 @@ def test_a_snapshot_measures_the_same(corpus, smear):
     examples = measure.draw_examples(corpus, 20, whole=0.75).to(gpu)
     records = []
     for kernels in ("torch", "triton"):
-        model = Transformer(config_for("mini", 2, True, 1024, smear), kernels).init_weights(0)
+        model = Transformer(
+            config_for("mini", 2, 1024, attn_only=True, smear=smear), kernels
+        ).init_weights(0)
         records.append(measure.measure(model.to(gpu), examples, Cores(gpu), Ranks(gpu)))
     assert records[0].keys() == records[1].keys()
     for name, value in records[0].items():
@@ -152,7 +154,7 @@ def test_the_sweep_is_that_of_the_cpu(corpus, smear):
     heads = [[], [(0, 0)], [(1, 1)], [(0, 1), (2, 0)]]
     losses = []
     for device, kernels in ("cpu", "torch"), ("cuda", "triton"):
-        model = Transformer(config_for("mini", 3, False, 1024, smear), kernels).init_weights(0)
+        model = Transformer(config_for("mini", 3, 1024, smear=smear), kernels).init_weights(0)
         rows = (x.to(device) for x in (inputs, targets, at))
         losses.append(sweep(model.to(device), *rows, heads).cpu())
     torch.testing.assert_close(*losses, atol=1e-3, rtol=0)
@@ -162,7 +164,7 @@ def test_the_sweep_is_that_of_the_cpu(corpus, smear):
 def test_ablate_says_what_it_says_on_the_cpu(corpus, text_file, tmp_path, monkeypatch, flags):
     monkeypatch.chdir(tmp_path)
     about = {"data": "python", "name": corpus.name, "sha256": corpus.sha256}
-    model = Transformer(config_for("mini", 2, True, 1024)).init_weights(0)
+    model = Transformer(config_for("mini", 2, 1024, attn_only=True)).init_weights(0)
     save_snapshot("x.pt", model, step=0, tokens=0, corpus=about)
     command = f"x.pt --data {text_file} --vocabulary {PYTHON_1024} --examples 8 --heads 0:0,1:1"
     records = []

@@ -75,7 +75,7 @@ def test_fifty_steps_of_training_give_the_same_curve(corpus):
     gpu = torch.device("cuda")
     recipe, curves = train.RECIPES["mini"], []
     for kernels in ("torch", "triton"):
-        model = Transformer(config_for("mini", 2, True, 1024, smear=True), kernels)
+        model = Transformer(config_for("mini", 2, 1024, attn_only=True, smear=True), kernels)
         model.init_weights(0).to(gpu)
         parameters = list(model.parameters())
         optimizer, losses = train.make_optimizer(model, recipe), []

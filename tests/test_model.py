@@ -71,7 +71,7 @@ def test_a_hook_need_not_look_at_the_pattern(config):
     model = make(config)
     everything, fused = {}, {}
     model(tokens(), lambda name, layer, x: everything.update({(name, layer): x}))
-    model(tokens(), lambda name, layer, x: fused.update({(name, layer): x}), pattern=False)
+    model(tokens(), lambda name, layer, x: fused.update({(name, layer): x}), pattern=None)
     assert everything.keys() - fused.keys() == {("pattern", layer) for layer in range(3)}
     for key, value in fused.items():
         assert torch.allclose(value, everything[key], atol=1e-4)
@@ -99,6 +99,12 @@ def test_a_hook_sees_the_pattern_in_passing(config):
         assert sum(tile.shape[2] for _, tile in tiles[layer]) == pattern.shape[2]
 
 
+@pytest.mark.parametrize("pattern", [True, False, "tile"])
+def test_a_pattern_is_seen_whole_or_in_tiles_or_not(pattern):
+    with pytest.raises(ValueError, match="a hook sees it"):
+        make(SMALL).residual(tokens(), lambda *_: None, pattern)
+
+
 def test_tiles_are_refused_where_queries_are_chosen():
     with pytest.raises(ValueError, match="leave `at` out"):
         make(SMALL).residual(tokens(), lambda *_: None, "tiles", at=torch.tensor([[3], [5]]))
@@ -107,7 +113,7 @@ def test_tiles_are_refused_where_queries_are_chosen():
 @each_variant
 def test_a_hook_that_only_looks_changes_no_bit(config):
     model = make(config)
-    looked = model(tokens(), lambda name, layer, x: None, pattern=False)
+    looked = model(tokens(), lambda name, layer, x: None, pattern=None)
     assert torch.equal(looked, model(tokens()))
 
 
@@ -169,7 +175,7 @@ def test_positions_reach_queries_and_keys_but_never_the_residual_stream():
 
 
 def test_a_shift_of_positions_is_one_rotation():
-    config = config_for("mini", 2, True, 1024)
+    config = config_for("mini", 2, 1024, attn_only=True)
     signal = sinusoid(config)
     half = config.d_model // 2
     sine, cosine = signal[:, :half], signal[:, half:]

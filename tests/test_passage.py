@@ -21,7 +21,9 @@ CHANGE = {"start_step": 20, "end_step": 40, "start_tokens": 2000, "end_tokens": 
 @pytest.fixture(scope="module")
 def models():
     """A different one for each step, with heads that do something."""
-    made = [Transformer(config_for("mini", 2, True, 1024)).init_weights(n) for n in range(6)]
+    made = [
+        Transformer(config_for("mini", 2, 1024, attn_only=True)).init_weights(n) for n in range(6)
+    ]
     for model in made[1:]:
         for parameter in model.parameters():
             parameter.data *= 3

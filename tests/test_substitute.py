@@ -74,7 +74,7 @@ def test_recovered_by_hand():
 
 def test_in_context_learning_is_that_of_the_substituted_run(corpus):
     """By hand: the model with that pattern in it, row by row."""
-    model = Transformer(config_for("mini", 2, True, corpus.d_vocab)).init_weights(0)
+    model = Transformer(config_for("mini", 2, corpus.d_vocab, attn_only=True)).init_weights(0)
     with torch.no_grad():
         model.unembed["W_U"] *= 10  # so that heads matter
     rows = evaluation_rows(corpus, 512, 6)

@@ -137,7 +137,7 @@ def test_scores_of_ideal_heads():
 
 
 def test_the_attribution_of_all_heads_and_the_embedding_is_the_logit():
-    model = Transformer(config_for("mini", 2, True, 200)).init_weights(0)
+    model = Transformer(config_for("mini", 2, 200, attn_only=True)).init_weights(0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():  # gains and biases too
@@ -182,7 +182,7 @@ def test_the_induction_circuit_copies_literally():
 
 @pytest.mark.parametrize("name", tasks.PASSAGES)
 def test_losses_of_a_passage_token_by_token(name, encoding):
-    model = Transformer(config_for("mini", 1, True, 1024)).init_weights(0)
+    model = Transformer(config_for("mini", 1, 1024, attn_only=True)).init_weights(0)
     found = tasks.measure_literal_copying(model, name, encoding)
     first, rest, helped, misled = tasks.PASSAGES[name]
     pieces = [encoding.encode_ordinary(part) for part in (first, rest, first)]
@@ -222,7 +222,7 @@ def test_the_view_holds_what_is_attended_to(encoding):
 
 def test_right_labels_are_counted(encoding):
     """A model whose logits depend on the present token alone says the same label each time."""
-    model = Transformer(config_for("mini", 1, True, 1024)).init_weights(0)
+    model = Transformer(config_for("mini", 1, 1024, attn_only=True)).init_weights(0)
     with torch.no_grad():
         model.blocks[0].attn.W_O.zero_()
     found = tasks.measure_pattern_matching(model, encoding)
@@ -255,7 +255,7 @@ def test_right_labels_are_counted(encoding):
 
 @pytest.fixture
 def snapshot(text_file, corpus, workplace):
-    model = Transformer(config_for("mini", 2, True, 1024, smear=True)).init_weights(0)
+    model = Transformer(config_for("mini", 2, 1024, attn_only=True, smear=True)).init_weights(0)
     origin = {"data": str(text_file), "name": corpus.name, "sha256": corpus.sha256}
     save_snapshot(workplace / "model.pt", model, 3, 300, origin)
     return workplace / "model.pt"

@@ -217,7 +217,7 @@ def test_gradient_is_the_same_on_one_core_and_on_three(corpus, monkeypatch, toke
     """
     monkeypatch.setattr(train, "TOKENS_AT_ONCE", tokens_at_once)
     cpu = torch.device("cpu")
-    model = Transformer(config_for("mini", 1, True, 1024)).init_weights(0)
+    model = Transformer(config_for("mini", 1, 1024, attn_only=True)).init_weights(0)
     batch = training_batch(corpus, 512, 4, seed=0, step=0)
     one, three = (
         train.loss_and_gradient(
@@ -631,7 +631,7 @@ def test_a_run_that_does_not_tell_its_dtype_goes_on(trained, text_file):
 
 def test_moments_that_share_their_memory_are_taken_apart(trained, text_file):
     state = torch.load("run/state.pt", weights_only=True)
-    config = config_for("mini", 1, True, 1024)
+    config = config_for("mini", 1, 1024, attn_only=True)
     model = Transformer(config)
     optimizer = train.make_optimizer(model, RECIPES["mini"])
     for moments in state["optimizer"]["state"].values():
@@ -673,7 +673,7 @@ def test_embeddings_and_vectors_learn_at_their_own_rate_and_only_matrices_decay(
     """One step of AdamW by hand: at first it moves every weight that has a gradient by the learning
     rate, and takes learning rate times decay off it.
     """
-    config = dataclasses.replace(config_for("mini", 1, True, 50), n_ctx=8)
+    config = dataclasses.replace(config_for("mini", 1, 50, attn_only=True), n_ctx=8)
     recipe = dataclasses.replace(
         RECIPES["mini"],
         learning_rate=1e-2, warmup_tokens=100, weight_decay=0.5, weight_decay_later=(1, 0.25),
