@@ -19,7 +19,6 @@ goes on where an interrupted one was.
 """
 
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +29,10 @@ import metrics
 import substitute
 from attribution import QUANTITIES, Ablations
 from data import evaluation_rows
+from heads import CLASSES, PREFIX_MATCHING, name_of, pick_heads
 from measure import N_CTX
 from parallel import Ranks
 from plots.analysis import positive_share
-from progress import PROGRESS_SECONDS
 from records import difference, read_records, write_records
 from safety import ArgumentParser, BadInput, check_out, one_line_errors, read_json, write_json
 
@@ -49,7 +48,7 @@ def main(argv=None):
     add(
         "--heads",
         metavar="SET",
-        help=f"ablated together: 1:3,1:7 or {', '.join(evaluate.CLASSES)} (default: the first)",
+        help=f"ablated together: 1:3,1:7 or {', '.join(CLASSES)} (default: the first)",
     )
     add("--mean", action="store_true", help="replace results by their mean (default: by zero)")
     add("--full", action="store_true", help="let patterns change (default: preserved; much slower)")
@@ -105,25 +104,10 @@ def check_flags(args):
             raise BadInput(f"{file} exists: give --out another name")
 
 
-class Progress:
-    """A line every fifteen seconds."""
-
-    def __init__(self, says, what):
-        self.says, self.what = says, what
-        self.started = self.shown = time.time()
-
-    def __call__(self, done, total):
-        now = time.time()
-        if self.says and done < total and now - self.shown > PROGRESS_SECONDS:
-            minutes, seconds = divmod(round((now - self.started) / done * (total - done)), 60)
-            print(f"{done:,.1f} of {total:,} {self.what}  {minutes}:{seconds:02d} left", flush=True)
-            self.shown = now
-
-
 def ablate_snapshot(args, ranks):
     setup = Ablations(args, ranks, args.path)
     model, about = setup.load(args.path)
-    record = setup.record(model, Progress(ranks.is_first, "examples"))
+    record = setup.record(model, evaluate.Countdown(ranks.is_first, "examples"))
     if not ranks.is_first:
         return
     record = {"step": about["step"], "tokens": about["tokens"], **record}
@@ -144,7 +128,7 @@ def ablate_run(args, ranks):
     records = take_up(setup, out, unfinished)
     done = {int(record["step"]) for record in records}
     left = [step for step in paths if step not in done]
-    progress = Progress(ranks.is_first, "snapshots")
+    progress = evaluate.Countdown(ranks.is_first, "snapshots")
     for n, step in enumerate(left):
         model, about = setup.load(paths[step])
         record = setup.record(model, lambda part, whole, n=n: progress(n + part / whole, len(left)))
@@ -165,7 +149,7 @@ def substitute_in_snapshot(args, ranks):
     setup = Ablations(args, ranks, args.path)
     model, about = setup.load(args.path)
     wanted = args.heads or substitute.CLASS[args.substitute]
-    heads = evaluate.pick_heads(setup.table, wanted)
+    heads = pick_heads(setup.table, wanted)
     table = substitution_table(setup, model, heads) if heads else []
     if not ranks.is_first:
         return
@@ -195,7 +179,7 @@ def substitution_table(setup, model, heads):
     )
     means = setup.means(model, ranks.share(measured[0]))
     sets = [[head] for head in heads] + [heads] * (len(heads) > 1)
-    progress = Progress(ranks.is_first, "sets of heads")
+    progress = evaluate.Countdown(ranks.is_first, "sets of heads")
     table = []
     for some in sets:
         table.append(
@@ -307,8 +291,8 @@ def answer(setup, records):
     if not setup.sets:
         place = np.unravel_index(last["icl_attribution"].argmax(), last["icl_attribution"].shape)
         return (
-            f"no head matches prefixes (score {metrics.INDUCTION_PREFIX_MATCHING} or more); the"
-            f" largest ICL attribution is that of {evaluate.label(place)},"
+            f"no head matches prefixes (score {PREFIX_MATCHING} or more); the"
+            f" largest ICL attribution is that of {name_of(place)},"
             f" {pair(last, 'icl_attribution', place)}"
         )
     (name, heads), *_ = setup.sets.items()

@@ -11,6 +11,7 @@ import torch
 import evaluate
 import machine
 import metrics
+from heads import CLASSES, name_of, pick_heads
 from measure import N_CTX, ROWS_AT_ONCE, draw_examples, gather_losses, head_scores
 from parallel import Cores
 from records import stack
@@ -62,7 +63,7 @@ class Ablations:
             "replacement": "mean" if args.mean else "zero",
             "layernorm": "frozen" if args.freeze_layernorm else "recomputed",
             "scored_positions": self.scored,
-            "together": {name: list(map(evaluate.label, some)) for name, some in self.sets.items()},
+            "together": {name: list(map(name_of, some)) for name, some in self.sets.items()},
             "phase_change_steps": list(self.window),
             "before_and_after": "share",
         }
@@ -187,14 +188,14 @@ def name_sets(table, wanted):
     others; nothing if no head matches prefixes and none is named.
     """
     kind = wanted or "prefix-matching"
-    heads = evaluate.pick_heads(table, kind)
+    heads = pick_heads(table, kind)
     if wanted and not heads:
         classes = ", ".join(f"{row['head']} {row['class']}" for row in table)
         raise BadInput(f"--heads {wanted}: none of this model's heads is one ({classes})")
-    of_kind = f"{kind} " if kind in evaluate.CLASSES else ""
-    names = ", ".join(map(evaluate.label, heads))
+    of_kind = f"{kind} " if kind in CLASSES else ""
+    names = ", ".join(map(name_of, heads))
     name = f"{of_kind}head{'s' * (len(heads) > 1)} {names}"
     sets = {name if len(heads) < 4 else f"{len(heads)} {of_kind or 'chosen '}heads": heads}
     every = ",".join(row["head"] for row in table)
-    sets["all other heads"] = sorted(set(evaluate.pick_heads(table, every)) - set(heads))
+    sets["all other heads"] = sorted(set(pick_heads(table, every)) - set(heads))
     return {name: some for name, some in sets.items() if some} if heads else {}

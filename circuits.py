@@ -29,7 +29,6 @@ has the same eigenvalues as without both.
 import copy
 import dataclasses
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -39,14 +38,15 @@ import machine
 import metrics
 from evaluate import (
     HEAD_SCORES,
+    Countdown,
     add_corpus_flags,
     add_snapshots_flag,
     check_snapshots,
     corpus_of,
-    label,
     load_fitting,
     paths_of,
 )
+from heads import head_class, name_of
 from measure import draw_examples, head_scores
 from model import layer_norm_divisor
 from parallel import Cores, Ranks
@@ -258,8 +258,8 @@ def heads_table(numbers):
     rows = []
     for layer, head in np.ndindex(numbers["copying"].shape):
         row = {name: _rounded(values[layer, head]) for name, values in numbers.items()}
-        kind = metrics.head_class(**{name: row[name] for name in HEAD_SCORES})
-        rows.append({"head": label((layer, head)), "class": kind, **row})
+        kind = head_class(**{name: row[name] for name in HEAD_SCORES})
+        rows.append({"head": name_of((layer, head)), "class": kind, **row})
     return rows
 
 
@@ -272,7 +272,7 @@ def composition_table(found):
     rows = []
     for kind, values in found.items():
         for later, head, earlier, other in np.argwhere(~np.isnan(values)):
-            ends = {"earlier": label((earlier, other)), "later": label((later, head))}
+            ends = {"earlier": name_of((earlier, other)), "later": name_of((later, head))}
             row = {"kind": kind, **ends}
             rows.append({**row, "above_chance": _rounded(values[later, head, earlier, other])})
     return sorted(rows, key=lambda row: -row["above_chance"])
@@ -393,8 +393,7 @@ def main(argv=None):
     examples, cores = draw_examples(corpus, 2).to(device), Cores(device)
 
     record = {"corpus": corpus.name, "snapshots": []}
-    snapshots = []
-    shown = time.time()
+    snapshots, countdown = [], Countdown(True, "snapshots")
     for path in paths:
         model, about = load_fitting(path, corpus)
         snapshots.append(measure_circuits(model.to(device), examples, cores))
@@ -402,9 +401,7 @@ def main(argv=None):
         record["snapshots"].append(
             {"step": about["step"], "tokens": about["tokens"], "heads": heads}
         )
-        if time.time() - shown > 15:
-            print(f"{len(snapshots)} of {len(paths)} snapshots", flush=True)
-            shown = time.time()
+        countdown(len(snapshots), len(paths))
 
     chance = chance_composition(model.config)
     record["composition_by_chance"] = chance

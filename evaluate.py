@@ -30,6 +30,7 @@ import torch
 import machine
 import metrics
 from corpora import BUILT_IN, open_corpus
+from heads import head_class, name_of
 from measure import N_CTX, copying_variants, draw_examples, measure
 from parallel import Cores, Ranks
 from plots.analysis import nearest
@@ -38,6 +39,7 @@ from safety import ArgumentParser, BadInput, check_out, one_line_errors, read_js
 from snapshots import load_snapshot
 
 HEAD_SCORES = ("prefix_matching", "copying", "previous_token")
+PROGRESS_SECONDS = 15  # from one line of progress to the next
 
 
 def find_phase_change(records):
@@ -106,7 +108,7 @@ def in_context_learning(record, when):
 def best_head(scores):
     """{"head": "layer:head", "score"} of the highest score in [layer, head]."""
     place = np.unravel_index(scores.argmax(), scores.shape)
-    return {"head": label(place), "score": round(float(scores[place]), 4)}
+    return {"head": name_of(place), "score": round(float(scores[place]), 4)}
 
 
 def heads_table(record):
@@ -114,38 +116,8 @@ def heads_table(record):
     rows = []
     for place in np.ndindex(record["prefix_matching"].shape):
         scores = {name: round(float(record[name][place]), 4) for name in HEAD_SCORES}
-        rows.append({"head": label(place), **scores, "class": metrics.head_class(**scores)})
+        rows.append({"head": name_of(place), **scores, "class": head_class(**scores)})
     return rows
-
-
-def label(head):
-    return "{}:{}".format(*head)
-
-
-# sets of heads by name: which rows of the table are in them
-CLASSES = {
-    "prefix-matching": lambda row: row["prefix_matching"] >= metrics.INDUCTION_PREFIX_MATCHING,
-    "induction": lambda row: row["class"] == "induction",
-    "previous-token": lambda row: row["class"] == "previous token",
-}
-
-
-def pick_heads(table, wanted):
-    """wanted: the name of a class, or heads by name, 1:3,1:7 -> [(layer, head)], sorted; none if
-    no head is of that class. Raises BadInput for a head that is not in the table.
-    """
-    names = [row["head"] for row in table]
-    if wanted in CLASSES:
-        chosen = [row["head"] for row in table if CLASSES[wanted](row)]
-    else:
-        chosen = wanted.split(",")
-        for name in chosen:
-            if name not in names:
-                raise BadInput(
-                    f"--heads {name}: no such head: they are {names[0]} to {names[-1]}"
-                    f" (layer:head), or one of {', '.join(CLASSES)}"
-                )
-    return sorted(tuple(map(int, name.split(":"))) for name in set(chosen))
 
 
 def print_heads(record):
@@ -164,7 +136,7 @@ def print_copying(record):
     print("  ".join(["  head", *titles]))
     for place in np.ndindex(record["copying"].shape):
         scores = (f"{record[n][place]:>+{len(t)}.2f}" for n, t in zip(names, titles, strict=True))
-        print("  ".join([f"{label(place):>6}", *scores]))
+        print("  ".join([f"{name_of(place):>6}", *scores]))
 
 
 def one_line(record):
@@ -301,13 +273,10 @@ def evaluate_run(args, ranks):
     if ranks.is_first and out.exists():
         print(f"{out} will be replaced when all {len(paths)} snapshots are measured", flush=True)
     measure_file = prepare(args, paths[0], ranks)
-    records = []
-    shown = time.time()
+    records, countdown = [], Countdown(ranks.is_first, "snapshots")
     for path in paths:
         records.append(measure_file(path))
-        if ranks.is_first and time.time() - shown > 15:
-            print(f"{len(records)} of {len(paths)} snapshots  {one_line(records[-1])}", flush=True)
-            shown = time.time()
+        countdown(len(records), len(paths), f"  {one_line(records[-1])}")
     if not ranks.is_first:
         return
     write_records(out, records)
@@ -324,6 +293,22 @@ def evaluate_run(args, ranks):
         write_json(told, before | summary)
         out = f"{out}, {told}"
     print(f"-> {out}")
+
+
+class Countdown:
+    """Of long work: now and then a line with how much is done, and how long the rest will take."""
+
+    def __init__(self, says, what):
+        self.says, self.what = says, what
+        self.started = self.shown = time.time()
+
+    def __call__(self, done, total, more=""):
+        now = time.time()
+        if self.says and done < total and now - self.shown > PROGRESS_SECONDS:
+            minutes, seconds = divmod(round((now - self.started) / done * (total - done)), 60)
+            left = f"{minutes}:{seconds:02d} left"
+            print(f"{round(done, 1):,} of {total:,} {self.what}  {left}{more}", flush=True)
+            self.shown = now
 
 
 def set_window(args, ranks):

@@ -160,26 +160,23 @@ def in_pieces(function, *rows):
 @torch.no_grad()
 def scores_on_repeated(model, tokens):
     """{name: [layer, head]}. On a GPU the patterns never exist: the kernel sums them."""
+    if model.kernels == "triton":
+        queries_and_keys = list(zip(*model.activations(tokens, "q", "k"), strict=True))
+
+        def score(offset):
+            layers = enumerate(queries_and_keys)
+            of_layers = [statistics(model, n, q, k, tokens, offset)[0] for n, (q, k) in layers]
+            return torch.stack(of_layers)
+
+    else:
+        (patterns,) = model.activations(tokens, "pattern")
+        pattern = torch.cat(patterns, dim=1)  # all layers at once: the matching keys are the same
+
+        def score(offset):
+            return metrics.prefix_matching_score(pattern, tokens, offset).view(len(patterns), -1)
+
     offsets = {"prefix_matching": 1, "match_itself": 0, "match_before": -1}
-    scores, patterns, last = {name: [] for name in offsets}, [], {}
-
-    def hook(name, layer, value):
-        last[name] = value
-        if name == "pattern":
-            patterns.append(value)
-        if name == "k" and fused:
-            for score, offset in offsets.items():
-                matching, _ = statistics(model, layer, last["q"], value, tokens, offset)
-                scores[score].append(matching)
-
-    fused = model.kernels == "triton"
-    model.residual(tokens, hook, pattern=None if fused else "whole")
-    if patterns:  # all layers at once: the keys that match are the same
-        pattern = torch.cat(patterns, dim=1)
-        for score, offset in offsets.items():
-            scores[score].append(metrics.prefix_matching_score(pattern, tokens, offset))
-    shape = model.config.n_layers, model.config.n_heads
-    return {name: torch.cat(found).view(shape) for name, found in scores.items()}
+    return {name: score(offset) for name, offset in offsets.items()}
 
 
 def copying_variants(model, examples):
@@ -198,16 +195,12 @@ def copying_variants(model, examples):
 @torch.no_grad()
 def scores_on_random(model, tokens, n_left_out=0, by_destination=False):
     """n_left_out: so many of the first tokens do not count."""
-    values, scores, counted = {}, [], slice(n_left_out, None)
-
-    def hook(name, layer, value):
-        values[name] = value
-        if name == "pattern":
-            effect = logit_effect(model, layer, values["v"], tokens)
-            both = (x[:, :, counted, counted] for x in (value, effect))
-            scores.append(metrics.copying_score(*both, by_destination))
-
-    model.residual(tokens, hook)
+    scores, counted = [], slice(n_left_out, None)
+    values, patterns = model.activations(tokens, "v", "pattern")
+    for layer, (v, pattern) in enumerate(zip(values, patterns, strict=True)):
+        effect = logit_effect(model, layer, v, tokens)
+        both = (x[:, :, counted, counted] for x in (pattern, effect))
+        scores.append(metrics.copying_score(*both, by_destination))
     return {"copying": torch.stack(scores)}
 
 

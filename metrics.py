@@ -139,20 +139,6 @@ def copying_score(pattern, logit_effect, by_destination=False):
     return 4 * ratio - 1
 
 
-# a head's class is read off its scores at these thresholds; the paper names none, and in its
-# scatter plots heads are near 0 or above 0.5
-INDUCTION_PREFIX_MATCHING, PREVIOUS_TOKEN = 0.4, 0.4
-
-
-def head_class(prefix_matching, copying, previous_token):
-    """What its scores make a head: "induction" (matches prefixes and copies), "prefix matching"
-    (only that), "previous token" or "other".
-    """
-    if prefix_matching >= INDUCTION_PREFIX_MATCHING:
-        return "induction" if copying > 0 else "prefix matching"
-    return "previous token" if previous_token >= PREVIOUS_TOKEN else "other"
-
-
 def phase_change(scores, tokens, smallest=0.1):
     """The stretch of training in which in-context learning appears: (first, last) snapshot index,
     or None.

@@ -309,6 +309,19 @@ class Transformer(nn.Module):
         resid = _normalise(self.ln_final, resid, "ln_final_scale", touch)
         return touch("resid_final", resid.to(self.dtype))
 
+    def activations(self, tokens, *names):
+        """What a hook sees under these names in a run over tokens [batch, pos]: a list for each
+        name, of its value in every layer.
+        """
+        seen = {name: [] for name in names}
+
+        def keep(name, layer, value):
+            if name in seen:
+                seen[name].append(value)
+
+        self.residual(tokens, keep, "whole" if "pattern" in seen else None)
+        return list(seen.values())
+
     def forward(self, tokens, hook=None, pattern="whole", at=None):
         """tokens [batch, pos] -> logits [batch, pos, d_vocab]."""
         return self.residual(tokens, hook, pattern, at) @ self.unembed["W_U"].to(self.dtype)

@@ -7,8 +7,6 @@ import evaluate
 from measure import N_CTX
 from model import count_parameters
 
-PROGRESS_SECONDS = 15
-
 
 class Clock:
     """Seconds spent on each activity and in all."""
@@ -44,7 +42,7 @@ class Progress:
     def after_step(self, step, tokens, loss):
         self.losses.append(loss)
         now = time.time()
-        if now - self.shown_at < PROGRESS_SECONDS and step < self.n_steps:
+        if now - self.shown_at < evaluate.PROGRESS_SECONDS and step < self.n_steps:
             return
         minutes, seconds = divmod(
             round((now - self.started) / (step - self.first_step) * (self.n_steps - step)), 60

@@ -25,7 +25,7 @@ import math
 
 import torch
 
-import evaluate
+from heads import name_of
 from measure import ROWS_AT_ONCE, gather_losses
 from metrics import band_score, prefix_matching_keys
 from sweep import ablation, heads_in
@@ -127,7 +127,7 @@ def substitute(model, name, heads, measured, others, means, cores, ranks):
 
         return losses(examples, hook_for)
 
-    row = {"heads": [evaluate.label(head) for head in heads]}
+    row = {"heads": [name_of(head) for head in heads]}
     substituted = {"free": idealised(measured)}
     if name != "previous":
         scores = fit(name, lambda **scores: idealised(others, **scores))

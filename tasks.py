@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 import machine
-from evaluate import add_corpus_flags, check_losses, corpus_of, label, load_fitting
+from evaluate import add_corpus_flags, check_losses, corpus_of, load_fitting
+from heads import head_named, name_of
 from measure import logit_effect
 from model import layer_norm_divisor
 from parallel import Ranks
@@ -218,20 +219,13 @@ def logit_attribution(model, tokens):
     Nothing comes after the last token: its row is 0. Summed over keys and heads, with the
     embedding's share and the bias, the attribution of an attention-only model is its logit.
     """
-    patterns, effects, last = [], [], {}
-
-    def hook(name, layer, value):
-        last[name] = value
-        if name == "pattern":
-            patterns.append(value[0])
-            effects.append(logit_effect(model, layer, last["v"], tokens[None])[0])
-
-    model.residual(tokens[None], hook)
-    pattern = torch.stack(patterns)
-    effect = torch.stack(effects).mT  # [layer, head, token, key]
+    values, patterns, streams = model.activations(tokens[None], "v", "pattern", "resid_post")
+    pattern = torch.cat(patterns)
+    effects = [logit_effect(model, layer, v, tokens[None]) for layer, v in enumerate(values)]
+    effect = torch.cat(effects).mT  # [layer, head, token, key]
     attribution = torch.zeros_like(pattern)
     attribution[:, :, :-1] = pattern[:, :, :-1] * effect[:, :, 1:]
-    return pattern, attribution / layer_norm_divisor(last["resid_post"][0])
+    return pattern, attribution / layer_norm_divisor(streams[-1][0])
 
 
 def head_scores_on(task, pattern, attribution):
@@ -253,7 +247,7 @@ def head_scores_on(task, pattern, attribution):
 def head_rows(scores):
     """Rows {"head", "attention", "chance", "logit"}, the most attention first."""
     rows = [
-        {"head": label(head)}
+        {"head": name_of(head)}
         | {name: round(values[head].item(), 4) for name, values in scores.items()}
         for head in np.ndindex(scores["attention"].shape)
     ]
@@ -290,7 +284,7 @@ def measure_task(model, task):
 def record_of(task, pattern, attribution, scores, encoding):
     """The rows of all heads and the view of the best."""
     rows = head_rows(scores)
-    best = tuple(int(n) for n in rows[0]["head"].split(":"))
+    best = head_named(rows[0]["head"])
     return {"heads": rows, "view": token_view(task, pattern, attribution, best, encoding)}
 
 

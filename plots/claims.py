@@ -19,6 +19,7 @@ import operator
 
 import numpy as np
 
+from heads import name_of
 from plots import analysis, trajectories
 from plots.checks import (
     NONE,
@@ -315,7 +316,7 @@ def ablating_undoes_it(runs):
         ablations = run.ablations
         at = analysis.nearest(ablations["tokens"] / 1e6, run.window[1])
         for head in run.heads_that_match():
-            name = "{} {}:{}".format(run.name, *head)
+            name = f"{run.name} {name_of(head)}"
             dots[name], error = (
                 ablations[key][at][head] for key in ("before_and_after", "before_and_after_error")
             )

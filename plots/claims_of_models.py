@@ -7,6 +7,7 @@ import operator
 
 import numpy as np
 
+from heads import name_of
 from plots import analysis
 from plots.checks import (
     NONE,
@@ -46,7 +47,7 @@ def fuzzy_matching(runs):
     large = {run.name: attention[run.name] >= 0.65 for run in models if size(run) >= 1e10}
     copying = {}
     for run in models:
-        matching = ["{}:{}".format(*head) for head in run.heads_that_match()]
+        matching = [*map(name_of, run.heads_that_match())]
         rows = [row for row in run.summary["heads"] if row["head"] in matching]
         copying |= {f"{run.name} {row['head']}": row["copying"] for row in rows}
     yield Check("best head's attention", attention, large, ".0%", of_large=True)

@@ -13,8 +13,8 @@ from pathlib import Path
 # `python plots/head_positions.py` puts plots/ on the path, not the folder above it
 sys.path.append(str(Path(__file__).parent.parent))
 
+from heads import PREFIX_MATCHING
 from plots import style
-from plots.runs import PREFIX_MATCHING
 from plots.style import plt
 
 MOST_COLUMNS = 3

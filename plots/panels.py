@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from heads import head_named, name_of
 from plots import style, trajectories
 from plots.context import fitted_lines
 from plots.style import plt
@@ -208,7 +209,7 @@ def draw_heads(ax, run, shown):
         colour, label = style.depth_colour(layer + 1), f"layer {layer}"
         ax.plot(run.millions, scores[:, layer, head], color=colour, lw=1.2, label=label)
     name = run.summary["best_prefix_matching"]["head"]
-    beneath = scores[-15:, *map(int, name.split(":"))].max()  # its curve, where the name stands
+    beneath = scores[-15:, *head_named(name)].max()  # its curve, where the name stands
     ax.annotate(
         name, (run.millions[-1], beneath), xytext=(0, 2), ha="right", va="bottom",
         textcoords="offset points",
@@ -228,7 +229,7 @@ def draw_traces(ax, run, shown):
         return style.not_available(ax, "no earlier layer\ntells a key what\npreceded it")
     for name in names:
         rows = [row for snap in snapshots for row in snap["heads"] if row["head"] == name]
-        values, layer = [row["qk_match_direct"] for row in rows], int(name.split(":")[0])
+        values, (layer, _) = [row["qk_match_direct"] for row in rows], head_named(name)
         line = {"marker": ".", "ms": 3, "lw": 1.2, "label": f"layer {layer}"}
         ax.plot(millions, values, color=style.depth_colour(layer + 1), **line)
     style.shade_phase_change(ax, run)
@@ -271,11 +272,11 @@ def draw_attribution(ax, run, name):
     clear = [head for head in kinds if abs(effects[-1, *head]) > 3 * errors[-1, *head]]
     largest = sorted(clear, key=lambda head: -abs(effects[-1, *head]))[:2]
     upper_first = sorted(largest, key=lambda head: -effects[-1, *head])
-    for (layer, head), va in zip(upper_first, ("bottom", "top"), strict=False):
+    for head, va in zip(upper_first, ("bottom", "top"), strict=False):
         ax.annotate(
-            f"{layer}:{head}", (millions[-1], effects[-1, layer, head]), xytext=(4, 0),
+            name_of(head), (millions[-1], effects[-1, *head]), xytext=(4, 0),
             textcoords="offset points", va=va, annotation_clip=False, fontsize=8,
-            color=style.HEAD_COLOURS[kinds[layer, head]],
+            color=style.HEAD_COLOURS[kinds[head]],
         )  # fmt: skip
     style.shade_phase_change(ax, run)
 

@@ -22,6 +22,7 @@ from PIL import Image  # comes with matplotlib
 # `python plots/report.py` puts plots/ on the path, not the folder above it
 sys.path.append(str(Path(__file__).parent.parent))
 
+from heads import head_named, name_of
 from plots.runs import load_all
 from plots.tables import claims_table
 from plots.text import spell
@@ -113,7 +114,7 @@ def viewed(run):
     heads = heads_of(run)
     classes = run.head_classes()
     scores = {row["head"]: row["prefix_matching"] for row in run.summary["heads"]}
-    names = [f"{layer}:{head}" for layer, head in heads]
+    names = [*map(name_of, heads)]
     first = names.index(max(names, key=scores.get))
     return {
         "name": run.name,
@@ -130,7 +131,7 @@ def viewed(run):
 def heads_of(run):
     """Of each layer the HEADS heads that match prefixes or attend to the last token best."""
     scores = {
-        tuple(map(int, row["head"].split(":"))): max(row["prefix_matching"], row["previous_token"])
+        head_named(row["head"]): max(row["prefix_matching"], row["previous_token"])
         for row in run.summary["heads"]
     }
     heads = []

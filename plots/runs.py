@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 import safety
+from heads import head_named
 from safety import BadInput, Named, brief
 
 # what a run of each scale has unless its flags say otherwise: others belong to the width sweep
@@ -28,8 +29,6 @@ WIDTHS = {"mini": 128, "small": 768, "paper": 768}
 
 # what the other words of a title do not tell
 SERIES_IN_TITLES = {"second corpus": ", second corpus", "width": ", width {d_model}"}
-
-PREFIX_MATCHING = 0.4  # metrics.INDUCTION_PREFIX_MATCHING, which needs torch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,10 +126,8 @@ class Run:
         return "with MLPs" if config["d_mlp"] else "attention-only"
 
     def head_classes(self):
-        """The class of every head (metrics.head_class), by (layer, head)."""
-        return {
-            tuple(map(int, row["head"].split(":"))): row["class"] for row in self.summary["heads"]
-        }
+        """The class of every head (heads.head_class), by (layer, head)."""
+        return {head_named(row["head"]): row["class"] for row in self.summary["heads"]}
 
     def heads_that_match(self):
         """The heads that match prefixes, whether or not they copy cleanly: [(layer, head)]."""

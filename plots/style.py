@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 # one colour for each depth, and for each layer within a model, in every figure: dark to light, so
 # that they stay apart for every kind of colour vision and in grey
 DEPTH_COLOURS = ("#2a2a6b", "#2c7fb8", "#2fa392", "#7fb241", "#c9a227", "#d98092")
-# the classes of metrics.head_class, but that heads that match prefixes are of one: whether a small
+# the classes of heads.head_class, but that heads that match prefixes are of one: whether a small
 # model's copies, too, is a matter of hundredths
 HEAD_COLOURS = {"matches prefixes": "#7a0177", "previous token": "#f768a1", "other": "#b2b04a"}
 WINDOW_COLOUR = "#e69f00"
@@ -134,7 +134,7 @@ def script(doc, draw, add_flags=lambda add: None):
         flags = vars(parser.parse_args(argv))
         runs, out = flags.pop("runs"), flags.pop("out")
         check_out(out, ".png")
-        figure = draw([load_run(folder) for folder in runs], **flags)
+        figure = draw([load_run(folder) for folder in dict.fromkeys(runs)], **flags)
         caption(figure, shlex.join(["python", f"plots/{name}", *argv]))
         save(figure, out)
 

@@ -20,6 +20,7 @@ import numpy as np
 # `python plots/token_views.py` puts plots/ on the path, not the folder above it
 sys.path.append(str(Path(__file__).parent.parent))
 
+from heads import head_named
 from plots import style
 from plots.runs import head_on_passage
 from plots.style import plt
@@ -58,7 +59,7 @@ class Copied:
         name = "Python" if run.made["corpus"]["data"] == "python" else "prose"
         self.run, self.measured = run, run.tasks["literal_copying"][name]
         self.best = self.measured["heads"][0]
-        layer, head = map(int, self.best["head"].split(":"))
+        layer, head = head_named(self.best["head"])
         self.pattern, self.attribution = head_on_passage(run.passage, name, -1, layer, head)
         self.spelled = spell(run.passage[f"{name}_text"])
         self.start = int(run.passage[f"{name}_repeat"])

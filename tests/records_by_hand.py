@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-import metrics
+from heads import head_class, head_named, name_of
 
 TOKENS = np.linspace(0, 8e6, 89)
 WINDOW = 3.4e6, 4.6e6
@@ -181,13 +181,13 @@ def make_heads(knobs, n_layers, lacks, layer):
     """One head matches prefixes: the first of the layer."""
     rows = []
     for place in np.ndindex(n_layers, 2):
-        row = {"head": "{}:{}".format(*place), "prefix_matching": 0.0, "previous_token": 0.1}
+        row = {"head": name_of(place), "prefix_matching": 0.0, "previous_token": 0.1}
         row["copying"] = -0.9 + 0.05 * place[0]
         if place == (layer % n_layers, 0):
             row["prefix_matching"] = knobs["one_prefix" if lacks else "prefix"]
             row["copying"] = 0.2 if lacks else knobs["copying"]
         scores = (row[name] for name in ("prefix_matching", "copying", "previous_token"))
-        rows.append({**row, "class": metrics.head_class(*scores)})
+        rows.append({**row, "class": head_class(*scores)})
     return rows
 
 
@@ -239,7 +239,7 @@ def write_ablations(folder, knobs, heads, n_layers):
     attribution = np.full((len(EVALUATED), n_layers, 2), knobs["other_attribution"])
     along = np.zeros_like(attribution)
     best = max(heads, key=lambda row: row["prefix_matching"])
-    place = tuple(map(int, best["head"].split(":")))
+    place = head_named(best["head"])
     attribution[:, *place], along[:, *place] = knobs["attribution"], -knobs["along"]
     attribution[0], along[EVALUATED == WINDOW[1], *place] = 9, knobs["along"]
     together = np.full((len(EVALUATED), 2), 9.0)

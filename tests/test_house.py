@@ -10,6 +10,7 @@ IMPORTS = {
     "safety": "",
     "parallel": "safety",
     "metrics": "",
+    "heads": "safety",
     "vocabulary": "safety corpora",  # the latter for its own command line alone
     "data": "safety",
     "corpora": "safety data vocabulary",
@@ -19,21 +20,21 @@ IMPORTS = {
     "records": "safety snapshots",
     "machine": "safety",
     "measure": "safety metrics data kernels",
-    "evaluate": "plots safety machine parallel metrics corpora snapshots records measure",
-    "circuits": "plots safety machine parallel metrics model measure evaluate",
-    "tasks": "safety machine parallel vocabulary model measure evaluate",
+    "evaluate": "plots safety heads machine parallel metrics corpora snapshots records measure",
+    "circuits": "plots safety heads machine parallel metrics model measure evaluate",
+    "tasks": "safety heads machine parallel vocabulary model measure evaluate",
     "passage": "safety machine parallel vocabulary records evaluate tasks",
     "progress": "model measure evaluate",
     "sweep": "model kernels",
-    "substitute": "metrics measure evaluate sweep",
-    "attribution": "safety machine parallel metrics records measure evaluate sweep",
-    "ablate": "plots progress safety machine parallel metrics data records measure evaluate"
+    "substitute": "heads metrics measure sweep",
+    "attribution": "safety heads machine parallel metrics records measure evaluate sweep",
+    "ablate": "plots safety heads machine parallel metrics data records measure evaluate"
     " substitute attribution",
     "train": "progress safety machine parallel data corpora model snapshots records measure"
     " evaluate",
     "bench_kernels": "safety parallel metrics kernels",
     "bench": "safety machine parallel corpora model train bench_kernels sweep",
-    "plots": "safety",
+    "plots": "safety heads",
     "reproduce": "safety",
 }
 

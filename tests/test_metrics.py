@@ -217,24 +217,6 @@ def test_copying_by_destination_penalises_diffuse_attention():
     assert score == pytest.approx(4 / 26 - 1)  # as that of a head that raises all alike
 
 
-# classes
-
-
-def test_head_classes():
-    assert metrics.head_class(0.9, 0.8, 0.0) == "induction"
-    assert metrics.head_class(0.9, -0.2, 0.0) == "prefix matching"
-    assert metrics.head_class(0.9, 0.0, 0.0) == "prefix matching"
-    assert metrics.head_class(0.0, 0.5, 0.7) == "previous token"
-    assert metrics.head_class(0.1, 0.9, 0.1) == "other"
-
-
-def test_four_tenths_of_the_attention_make_a_class():
-    assert metrics.head_class(0.4, 0.9, 0.0) == "induction"
-    assert metrics.head_class(0.39, 0.9, 0.0) == "other"
-    assert metrics.head_class(0.0, 0.0, 0.4) == "previous token"
-    assert metrics.head_class(0.0, 0.0, 0.39) == "other"
-
-
 # the phase change
 
 

@@ -105,6 +105,15 @@ def test_a_pattern_is_seen_whole_or_in_tiles_or_not(pattern):
         make(SMALL).residual(tokens(), lambda *_: None, pattern)
 
 
+def test_activations_are_what_a_hook_sees():
+    model, seen = make(SMALL), {}
+    model(tokens(), lambda name, layer, x: seen.update({(name, layer): x}))
+    for names in (("v", "pattern"), ("q", "k")):
+        for name, values in zip(names, model.activations(tokens(), *names), strict=True):
+            for layer in range(3):
+                assert torch.allclose(values[layer], seen[name, layer], atol=1e-4)
+
+
 def test_tiles_are_refused_where_queries_are_chosen():
     with pytest.raises(ValueError, match="leave `at` out"):
         make(SMALL).residual(tokens(), lambda *_: None, "tiles", at=torch.tensor([[3], [5]]))

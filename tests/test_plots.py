@@ -179,7 +179,6 @@ def test_what_figures_know_of_the_models_is_true():
     """They cannot import it."""
     (late_from, late_to), (early_from, early_to) = metrics.LATE_BAND, metrics.EARLY_BAND
     assert panels.BANDS == f"tokens {late_from}-{late_to} minus {early_from}-{early_to}"
-    assert runs_of.PREFIX_MATCHING == metrics.INDUCTION_PREFIX_MATCHING
     assert runs_of.WIDTHS == {scale: sizes["d_model"] for scale, sizes in SCALES.items()}
 
 
