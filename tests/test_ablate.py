@@ -19,7 +19,7 @@ from attribution import Ablations, name_sets
 from model import ModelConfig, Transformer
 from records import read_records, write_records
 from snapshots import save_snapshot
-from sweep import ablation, preserving_patterns
+from sweep import ablation, mean_results, preserving_patterns
 from tests.circuits_by_hand import N_TOKENS, induction_circuit
 from vocabulary import PYTHON_1024
 
@@ -96,6 +96,29 @@ def test_a_record_is_what_two_passes_and_the_definitions_say(snapshot, command, 
             assert record[f"{what}_{name}_error"][0] == pytest.approx(error, abs=1e-4)
     assert record["icl_score"] == pytest.approx((clean[:, 499] - clean[:, 49]).mean(), abs=1e-4)
     assert "before_and_after" not in record  # that takes a run
+
+
+def test_mean_results_are_those_of_all_examples(snapshot, command, corpus):
+    """Five of them, which chunks of two cannot share evenly."""
+    record = record_of(snapshot, command, "--mean", "--examples", "5")
+    model, examples = make(0), measure.draw_examples(corpus, 5)
+    means = mean_results(model, examples.inputs)
+    hooks = (
+        preserving_patterns(model, examples.inputs, ablation(heads, means))
+        for heads in ([], [(0, 0)])
+    )
+    with torch.no_grad():
+        clean, ablated = (model.losses(examples.inputs, examples.targets, hook) for hook in hooks)
+    expected = (ablated - clean)[:, 499].mean() - (ablated - clean)[:, 49].mean()
+    assert record["icl_attribution"][0, 0] == pytest.approx(expected.item(), abs=2e-5)
+
+
+def test_sums_and_sets_together_are_told_apart(snapshot, command, capsys):
+    record = record_of(snapshot, command)
+    out = capsys.readouterr().out
+    for told, name in ("sum over", "sum"), ("together,", "together"):
+        (line,) = re.findall(rf"^{told} heads 0:1, 1:1 +([+-]\d\.\d+)", out, re.MULTILINE)
+        assert float(line) == pytest.approx(record[f"{name}_icl_attribution"][0], abs=1e-3)
 
 
 def test_the_table_shows_the_record_in_the_order_of_effect(snapshot, command, capsys):

@@ -105,6 +105,8 @@ def test_an_epoch_shows_every_row_once_and_the_next_in_another_order():
     second = [token for step in range(16, 32) for token in first_tokens(corpus, step)]
     assert sorted(first) == sorted(second) == list(range(0, 1280, 10))
     assert first != second
+    other = [token for step in range(16) for token in first_tokens(corpus, step, seed=1)]
+    assert other not in (first, second)
 
 
 def test_an_epoch_may_end_inside_a_batch():
@@ -136,6 +138,7 @@ def test_evaluation_rows_are_held_out_fixed_and_nested():
     inputs, targets = evaluation_rows(corpus, 10, 20)
     assert targets.min() >= 1500  # the held-out shard begins there
     assert len(set(targets[:, 0].tolist())) == 20
+    assert targets[:, 0].max() >= 1700  # drawn from all of it, not its first rows
     assert torch.equal(evaluation_rows(corpus, 10, 7)[0], inputs[:7])
     with pytest.raises(BadInput, match="holds out only 30"):
         evaluation_rows(corpus, 10, 31)
@@ -156,6 +159,7 @@ def test_random_sequences_are_distinct_ordinary_tokens_repeated():
     assert all(len(set(row.tolist())) == 25 for row in once)
     # of the 200 seen tokens the 8 most and the 8 least frequent are out
     assert once.min() >= 9 and once.max() <= 192
+    assert len(set(map(tuple, once.tolist()))) == 10
     plain = random_sequences(corpus, start=False)
     assert torch.equal(plain, once)
 
@@ -164,6 +168,16 @@ def test_tokens_seen_fewer_than_100_times_are_not_drawn():
     tokens = np.concatenate([np.repeat(np.arange(150), 150), np.repeat(np.arange(150, 300), 50)])
     corpus = Corpus("two kinds", "gpt2", 301, 300, "", [tokens.astype(np.uint16)], [])
     assert random_sequences(corpus, start=False).max() < 150
+    tokens = np.concatenate([tokens, np.repeat(np.arange(150, 300), 49)])  # 99 times
+    corpus = dataclasses.replace(corpus, train=[tokens.astype(np.uint16)])
+    assert random_sequences(corpus, start=False).max() < 150
+
+
+def test_of_a_small_text_all_ordinary_tokens_are_drawn():
+    """Where fewer than 100 kinds are seen often."""
+    tokens = np.concatenate([np.repeat(np.arange(90), 150), np.repeat(np.arange(90, 300), 50)])
+    corpus = Corpus("small", "gpt2", 301, 300, "", [tokens.astype(np.uint16)], [])
+    assert random_sequences(corpus, start=False).max() >= 90
 
 
 def test_too_few_kinds_of_tokens_to_test_heads_with_are_refused():

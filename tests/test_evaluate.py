@@ -1,5 +1,6 @@
 """From a snapshot to its record, by slower and plainer ways; and the command line."""
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -13,6 +14,8 @@ import evaluate
 import machine
 import measure
 import metrics
+from kernels.attention import attention_and_lse, head_mass
+from kernels.cross_entropy import linear_cross_entropy
 from model import Transformer, config_for
 from parallel import Cores, Ranks
 from records import read_records, write_records
@@ -21,6 +24,7 @@ from snapshots import load_snapshot, save_snapshot
 from vocabulary import PYTHON_1024
 
 CPU = torch.device("cpu")
+HEADS = evaluate.HEAD_SCORES
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +64,36 @@ def test_losses_are_those_of_the_logits_row_by_row(model, examples, record):
     assert record["icl_score"] == pytest.approx(
         (losses[:, 499] - losses[:, 49]).mean().item(), abs=1e-4
     )
+
+
+def test_the_way_of_a_gpu_gives_the_same_record(model, examples, record, monkeypatch):
+    """With what Triton's kernels mean in their place."""
+
+    class StandIn:
+        attention = staticmethod(attention_and_lse)
+        head_mass = staticmethod(lambda *inputs: head_mass(*inputs, "torch"))
+
+    def losses(resid, W_U, targets, kernels):
+        return linear_cross_entropy(resid, W_U, targets)
+
+    monkeypatch.setattr("kernels.attention._triton", lambda module="attention": StandIn)
+    monkeypatch.setattr("model.linear_cross_entropy", losses)
+    config = dataclasses.replace(model.config, windows=(512, 20))
+    for usual in model, Transformer(config).init_weights(0):
+        twin = Transformer(usual.config)
+        twin.load_state_dict(usual.state_dict())
+        twin.kernels = "triton"
+        expected, found = (
+            measure.measure(m, examples, Cores(CPU), Ranks(CPU)) for m in (usual, twin)
+        )
+        for name, value in expected.items():
+            assert found[name] == pytest.approx(value, abs=1e-5), name
+
+
+def test_every_example_has_a_token_of_its_own_from_all_over_it(corpus):
+    places = measure.draw_examples(corpus, 70).scored[:, -1]
+    assert places.min() < 50 and places.max() > 460 and len(set(places.tolist())) > 60
+    assert len(set((places % 8).tolist())) == 8
 
 
 def test_heads_are_tested_on_ten_sequences_of_each_kind(examples):
@@ -217,6 +251,34 @@ def test_a_summary_tells_where_the_phase_change_is():
     assert "phase change from" in evaluate.conclusion(summary)
 
 
+def test_every_number_of_a_summary_is_of_its_snapshot_and_its_score():
+    """The change is in the score between bands alone; what is measured again tells its index."""
+    records = make_records(-0.4 * CHANGE, 0.7 * CHANGE)
+    for record in records:
+        record["icl_score"] = -0.4 * float(record["step"] > 100)
+
+    def measure_again(index):
+        names = ("icl_score", "icl_score_error", "icl_band_score", "icl_band_score_error")
+        told = {name: index + n / 10 for n, name in enumerate(names)}
+        heads = {name: np.eye(2) * index / 1000 + n / 10 for n, name in enumerate(HEADS)}
+        return {"loss": index, "per_token_loss": np.zeros(7), **told, **heads}
+
+    summary = evaluate.summarise(records, measure_again)
+    change = summary["phase_change"]
+    places = change["start_step"] // 10, change["end_step"] // 10, 100
+    assert 47 <= places[0] <= 51 and change["icl_half_way_snapshot"] == 60
+    for when, index in zip(("before", "after", "score"), places, strict=True):
+        assert summary[f"icl_{when}"] == index and summary[f"icl_{when}_error"] == index + 0.1
+        assert summary[f"icl_band_{when}"] == index + 0.2
+        assert summary[f"icl_band_{when}_error"] == index + 0.3
+        matching = summary["best_prefix_matching" + f"_{when}" * (when != "score")]
+        assert matching["score"] == pytest.approx(index / 1000)
+    assert summary["best_previous_token"]["score"] == pytest.approx(0.3)  # of all alike
+    line = evaluate.conclusion(summary)
+    assert f"between bands {places[0] + 0.2:+.2f} -> {places[1] + 0.2:+.2f}" in line
+    assert "at the end +100.20 +- 100.30 (token 500 minus token 50 +100.00 +- 100.10)" in line
+
+
 def test_the_best_head_is_half_way_on_its_own_way():
     """Another matches half of all prefixes from the start: the best goes from 0.5 to 0.73."""
     records = make_records(-0.4 * CHANGE, 0.03 + 0.7 * CHANGE)
@@ -336,6 +398,7 @@ def test_a_phase_change_is_set_by_hand(run, text_file, capsys):
     told = run / "summary.json"
     first, *_ = sorted((run / "snapshots").glob("*.pt"))
     model, about = load_snapshot(first)
+    model.unembed["W_U"].data *= 2  # differs from the last
     save_snapshot(run / "snapshots" / "step_0000002.pt", model, 2, 200, about["corpus"])
     by_hand = command(run, text_file, "--window", "0.00015", "0.0004")  # at 0.0002 and 0.0005
     assert "its training is not finished" in refused(capsys, by_hand)
@@ -351,7 +414,13 @@ def test_a_phase_change_is_set_by_hand(run, text_file, capsys):
     change = summary["phase_change"]
     assert change["by_hand"] and (change["start_step"], change["end_step"]) == (2, 5)
     assert summary["tokens"] == 500 and summary["examples"] == 4
-    assert summary["icl_before"] != 0  # measured anew, not from the records
+    for step, when in (2, "before"), (5, "after"):  # measured anew, not from the records
+        path = run / "snapshots" / f"step_{step:07d}.pt"
+        assert evaluate.main(command(path, text_file, "--out", f"{when}.npz")) == 0
+        (record,) = read_records(Path(f"{when}.npz"))
+        assert summary[f"icl_{when}"] == pytest.approx(float(record["icl_score"]), abs=1e-6)
+    assert summary["icl_before"] != summary["icl_after"]
+    capsys.readouterr()
     more = [*command(run, text_file), "--examples", "5"]
     assert evaluate.main(more) == 0  # which finds none
     assert "set by hand" in capsys.readouterr().out

@@ -302,6 +302,28 @@ def test_a_phase_change_is_of_a_tenth_of_a_nat_or_more():
     assert metrics.phase_change(logistic_drop(tokens, 4e6, 2e5, 0, -0.13), tokens)
 
 
+def test_phase_change_is_where_the_score_falls_a_quarter_as_fast_as_it_ever_does():
+    """By slopes of the fastest: 0.22 does not count, 0.28 does; on either side."""
+    slopes = np.repeat([0, 0.28, 1, 0.28, 0, 0.22, 1, 0.22, 0], 30)
+    for part, edges in (slice(0, 150), (30, 120)), (slice(120, None), (60, 90)):
+        scores = -0.02 * np.cumsum(np.concatenate([np.zeros(20), slopes[part]]))
+        found = metrics.phase_change(scores, np.arange(len(scores)))
+        assert found == pytest.approx([20 + edge for edge in edges], abs=5)
+
+
+def test_how_fast_a_score_falls_is_by_the_tokens_between_snapshots():
+    tokens = np.cumsum(np.repeat([1.0, 10.0], [60, 60]))
+    scores = -np.cumsum(np.repeat([0, 0.01, 0, 0.02, 0], [20, 20, 35, 20, 25]))
+    first, last = metrics.phase_change(scores, tokens)
+    assert 15 <= first <= 25 and 35 <= last <= 45  # 0.01 a token, later 0.002
+
+
+def test_phase_change_is_told_from_twenty_snapshots_on():
+    for n, told in (21, True), (19, False):
+        scores = np.interp(np.arange(n), [n / 3, n * 2 / 3], [0, -0.5])
+        assert (metrics.phase_change(scores, np.arange(n)) is not None) == told
+
+
 def test_phase_change_is_none_without_a_descent_or_with_too_few_snapshots():
     assert metrics.phase_change(np.arange(50.0), np.arange(50)) is None
     assert metrics.phase_change([0.0, -1.0], [0, 1]) is None

@@ -9,7 +9,7 @@ from data import evaluation_rows
 from model import Transformer, config_for
 from parallel import Cores, Ranks
 from substitute import idealised_pattern, recovered, substitution
-from sweep import mean_results
+from sweep import ablation, mean_results
 from tests.circuits_by_hand import N_TOKENS, induction_circuit
 
 CPU = torch.device("cpu")
@@ -70,6 +70,7 @@ def test_recovered_by_hand():
     assert share == pytest.approx(0.5)  # 1.5 of 2 and 1.5 of 4
     assert error == pytest.approx(1 / 6)  # half of their costs would be 1 and 2: each 0.5 off, of 3
     assert recovered(clean, clean + 0.005, clean) is None  # too cheap to divide by
+    assert recovered(clean, clean - 0.5, clean) is None  # costs nothing
 
 
 def test_in_context_learning_is_that_of_the_substituted_run(corpus):
@@ -93,6 +94,50 @@ def test_in_context_learning_is_that_of_the_substituted_run(corpus):
     assert score == pytest.approx(np.mean(by_hand), abs=1e-5)
     assert error == pytest.approx(np.std(by_hand, ddof=1) / 2, rel=1e-3)
     assert row["icl_band_clean"][0] != pytest.approx(score, abs=1e-5)
+
+
+def test_every_share_is_of_its_own_losses(corpus, monkeypatch):
+    """By hand, of two heads in different layers, row by row; the scores are fitted on others."""
+    model = Transformer(config_for("mini", 2, corpus.d_vocab, attn_only=True)).init_weights(0)
+    with torch.no_grad():
+        model.unembed["W_U"] *= 10
+    rows = evaluation_rows(corpus, 512, 8)
+    measured, others = zip(*(x.split(5) for x in rows), strict=True)
+    heads, scores, means = [(0, 0), (1, 1)], {"match": 2.0, "longer": 3.0}, torch.ones(2, 2, 64)
+    fitted_on = []
+
+    def fit(name, losses):
+        fitted_on.append(losses(**scores))
+        return scores
+
+    def losses(inputs, targets, hook):
+        with torch.no_grad():
+            return model.losses(inputs[None], targets[None], hook(inputs[None])).mean().item()
+
+    def by_rule(**scores):
+        return lambda x: substitution(heads, idealised_pattern("induction2", x, **scores))
+
+    monkeypatch.setattr(substitute, "fit", fit)
+    monkeypatch.setattr(
+        substitute, "SMALLEST", -10.0
+    )  # of an untrained model ablations cost little
+    row = substitute.substitute(
+        model, "induction2", heads, measured, others, means, Cores(CPU, 1), Ranks(CPU)
+    )
+    hooks = {"clean": lambda x: None, "free": by_rule(), "fitted": by_rule(**scores)}
+    hooks |= {"zero": lambda x: ablation(heads), "mean": lambda x: ablation(heads, means)}
+    loss = {
+        what: torch.tensor([losses(*some, hook) for some in zip(*measured, strict=True)])
+        for what, hook in hooks.items()
+    }
+    for what, expected in loss.items():
+        assert row[f"loss_{what}"] == pytest.approx(expected.mean().item(), abs=1e-5)
+    for by in "zero", "mean":
+        for how in "free", "fitted":
+            share = recovered(loss["clean"], loss[by], loss[how])
+            assert row[f"recovered_{by}_{how}"] == pytest.approx(share, rel=1e-3)
+    other = [losses(*some, hooks["fitted"]) for some in zip(*others, strict=True)]
+    assert fitted_on[0].mean(dim=1).tolist() == pytest.approx(other, abs=1e-5)
 
 
 def test_fitting_finds_the_best_of_the_grid():

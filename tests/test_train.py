@@ -695,6 +695,42 @@ def test_embeddings_and_vectors_learn_at_their_own_rate_and_only_matrices_decay(
     assert [group["weight_decay"] for group in resumed.param_groups] == [0.25, 0.25, 0]
 
 
+@pytest.mark.parametrize("norm", [0.25, 4.0])
+def test_a_long_gradient_is_cut_to_length_one_and_a_short_one_is_not(norm):
+    """By the moments after one step: shares of the gradient and of its square."""
+    recipe = dataclasses.replace(RECIPES["mini"], betas=(0.75, 0.5))
+    model = Transformer(config_for("mini", 1, 50, attn_only=True)).init_weights(0)
+    parameters = list(model.parameters())
+    optimizer = train.make_optimizer(model, recipe)
+    gradient = torch.randn(sum(p.numel() for p in parameters))
+    gradient *= norm / gradient.norm()
+    cut = gradient * min(1, 1 / norm)
+    told = train.update(optimizer, parameters, gradient.clone(), recipe, step=0, tokens=100)
+    assert told == pytest.approx(norm, rel=1e-4)
+    for name, share in ("exp_avg", 0.25 * cut), ("exp_avg_sq", 0.5 * cut**2):
+        moments = torch.cat([optimizer.state[p][name].flatten() for p in parameters])
+        torch.testing.assert_close(moments, share, rtol=1e-4, atol=0)
+
+
+def test_training_is_one_step_after_the_other(workplace, corpus, text_file):
+    """From the weights of its seed, over the batches of its seed, the learning rate growing with
+    the tokens that have been trained on.
+    """
+    weights = "float32", "--seed", "3", "--set", "warmup_tokens=100000"
+    assert train.main(flags(text_file, "--dtype", *weights, steps=3)) == 0
+    recipe = dataclasses.replace(RECIPES["mini"], warmup_tokens=100_000)
+    model = Transformer(config_for("mini", 1, 1024, attn_only=True)).init_weights(3)
+    optimizer, cpu = train.make_optimizer(model, recipe), torch.device("cpu")
+    for step, loss in enumerate(losses("run")):
+        inputs, targets = training_batch(corpus, 512, recipe.n_rows, seed=3, step=step)
+        with torch.no_grad():
+            expected = model.losses(inputs, targets).mean().item()
+        assert loss == pytest.approx(expected, rel=1e-5)
+        train.train_step(model, optimizer, corpus, recipe, 3, step, Cores(cpu), Ranks(cpu))
+        rate = recipe.learning_rate * (step + 1) * STEP / 100_000
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+
+
 def test_a_dip_of_the_first_steps_is_not_announced_as_the_phase_change():
     """As in a run of the miniature: in-context learning between bands is at -0.13 after 30 of 1,953
     steps, back at -0.06 soon, and comes for good much later.
