@@ -33,7 +33,7 @@ bench.py counts any model).
 import torch
 import torch.nn.functional as F
 
-from kernels.attention import attention_pattern, frozen_attention
+from kernels.attention import attention_and_lse, attention_pattern, frozen_attention
 from kernels.cross_entropy import linear_cross_entropy
 from model import layer_norm_divisor, per_head, rows_at, sum_over_heads
 
@@ -115,7 +115,7 @@ class CleanRun:
     def __init__(self, model, inputs, positions, freeze_layernorm=False):
         self.model, self.positions = model, positions
         self.scales = {} if freeze_layernorm else None
-        self.queries_and_keys, self.z, self.resid_mid = [], [], []
+        self.where_heads_look, self.z, self.resid_mid = [], [], []
         resid = F.embedding(inputs, model.embed["W_E"])[None]
         for layer, block in enumerate(model.blocks):
             x = self.normalise(block.ln1, resid)
@@ -155,15 +155,18 @@ class CleanRun:
             q = per_head(rows_at(x, self.positions), attn.W_Q)
             self.pattern = attention_pattern(q, k, attn.alpha, attn.windows, self.positions)
         else:
-            self.queries_and_keys.append((per_head(x, attn.W_Q), k))
+            q, lse = per_head(x, attn.W_Q), None
+            if self.model.kernels == "triton":  # the others have no use for it
+                _, lse = attention_and_lse(q, k, k, attn.alpha, attn.windows, "triton")
+            self.where_heads_look.append((q, k, lse))
 
     def attend(self, layer, x):
         """z [run, example, head, pos, d_head] of normalised x, with the clean run's pattern."""
         attn = self.model.blocks[layer].attn
         if not self.is_last(layer):
-            q, k = self.queries_and_keys[layer]
             v = per_head(x, attn.W_V)
-            return frozen_attention(q, k, None, v, attn.alpha, attn.windows, self.model.kernels)
+            how = attn.alpha, attn.windows, self.model.kernels
+            return frozen_attention(*self.where_heads_look[layer], v, *how)
         n_heads, d_model, d_head = attn.W_V.shape
         n_scored = self.positions.shape[1]
         if n_scored * (d_model - d_head) < d_model * d_head:  # mixing first costs less

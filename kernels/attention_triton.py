@@ -245,6 +245,9 @@ def _unsmear_kernel(
     tl.store(dalpha + tl.program_id(0), by_share * share * (1 - share))
 
 
+DTYPES = torch.float32, torch.float16, torch.bfloat16
+
+
 def attention(q, k, v, alpha=None, windows=None):
     """-> z [batch, head, pos, d_head], and lse [batch, head, pos], float32, which has no gradient;
     see `attention.attention`.
@@ -254,6 +257,8 @@ def attention(q, k, v, alpha=None, windows=None):
     d_head = q.shape[3]
     if d_head > 128:
         raise ValueError(f"d_head is {d_head}: the Triton kernels go up to 128")
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+        raise TypeError(f"{q.dtype}, {k.dtype}, {v.dtype}: all float32, float16 or bfloat16 needed")
     q, k, v = (padded(x) for x in (q, k, v))
     z, lse = _Attention.apply(q, k, v, alpha, windows, d_head**-0.5)
     return z[..., :d_head], lse
@@ -281,6 +286,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dz, _):
         refuse_second_derivatives()
+        if dz is None:  # only lse was used
+            return (None,) * 6
         q, k, keys, v, alpha, z, lse = ctx.saved_tensors
         _, n_heads, n_ctx, d_head = q.shape
         dz = readable(dz)

@@ -102,7 +102,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for_resid, for_W_U = ctx.needs_input_grad[:2]
         dresid = torch.empty_like(resid) if for_resid else None
         dW_U = torch.zeros_like(W_U, dtype=torch.float32) if for_W_U else None
-        size = max(1, CHUNK_BYTES // (W_U.shape[1] * W_U.itemsize))
+        size = _chunk(len(resid), W_U, tile=_tile(resid)[0])
         buffer = resid.new_empty(min(size, len(resid)), W_U.shape[1])
         for start in range(0, len(resid), size):
             rows = slice(start, min(start + size, len(resid)))
@@ -114,6 +114,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if for_W_U:
                 _add_product(dW_U, resid[rows].T, dlogits)
         return dresid, dW_U.to(W_U.dtype) if for_W_U else None, None, None
+
+
+def _chunk(n_rows, W_U, tile):
+    """Rows whose gradient by the logits is in memory at once: about equal chunks, of whole tiles if
+    one fits. A last chunk of few rows would cost a product as large as any other's.
+    """
+    most = max(1, CHUNK_BYTES // (W_U.shape[1] * W_U.itemsize))
+    if most < tile:
+        return most
+    most -= most % tile
+    equal = triton.cdiv(n_rows, triton.cdiv(n_rows, most))
+    return triton.cdiv(equal, tile) * tile
 
 
 def _padded(matrix, columns, rows):

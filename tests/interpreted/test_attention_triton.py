@@ -151,6 +151,24 @@ def test_too_large_heads_are_refused():
         attention(*inputs(4, 129), kernels="triton")
 
 
+def test_types_that_no_kernel_is_made_for_are_refused():
+    q, k, v = inputs(4)
+    for wrong in (q.double(), k.double(), v.double()), (q, k, v.half()), (q, k.bfloat16(), v):
+        with pytest.raises(TypeError, match="all float32, float16 or bfloat16 needed"):
+            attention(*wrong, kernels="triton")
+
+
+def test_an_output_without_a_gradient_has_none_to_pass_on():
+    class Cut(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, z: z.sum())
+        backward = staticmethod(lambda ctx, grad: None)
+
+    q, k, v = inputs(4)
+    loss = Cut.apply(attention(q, k, v, kernels="triton")) + q.sum()
+    dq, dk = torch.autograd.grad(loss, (q, k), allow_unused=True)
+    assert dq.eq(1).all() and dk is None
+
+
 def test_what_no_descriptor_can_describe_is_copied():
     x = torch.zeros(2, 2, 8, 16).half()
     shifted = torch.zeros(x.numel() + 1).half()[1:].view(x.shape)

@@ -134,6 +134,17 @@ def test_chunks_of_any_size(monkeypatch, n_bytes):
     assert_as_exact_as_the_reference(*inputs(20, 16, 60))
 
 
+@pytest.mark.parametrize("d_vocab", [50_257, 100_277, 2**16])
+@pytest.mark.parametrize("n_rows", [1, 5000, 32_768, 10**6])
+def test_chunks_are_about_equal_and_of_whole_tiles(d_vocab, n_rows):
+    W_U = torch.empty(16, d_vocab, dtype=torch.bfloat16, device="meta")
+    size = module._chunk(n_rows, W_U, tile=128)
+    n_chunks = -(-n_rows // size)
+    assert size % 128 == 0 and size * d_vocab * 2 <= module.CHUNK_BYTES
+    assert n_chunks * size - n_rows < 128 * n_chunks  # no chunk is much smaller than the others
+    assert n_chunks <= -(-n_rows * d_vocab * 2 // module.CHUNK_BYTES) * 1.05 + 1
+
+
 def test_the_gradients_of_many_chunks_add_up_in_float32(monkeypatch):
     """40 times 1 - 1/32: in bfloat16 the sum would be another from 8 on."""
     monkeypatch.setattr(module, "CHUNK_BYTES", 1)
