@@ -82,7 +82,9 @@ def test_every_command_of_the_readme_names_a_file_and_flags_that_exist():
     commands = re.findall(r"^(?:python|torchrun [-\w ]*?)\s*(\S+\.py)(.*)$", readme, re.MULTILINE)
     assert len(commands) >= 5
     figures = (ROOT / "plots" / "style.py").read_text()  # the flags that all of them have
+    shared = (ROOT / "evaluate.py").read_text()  # those of everything that measures
     for script, arguments in commands:
         source = (ROOT / script).read_text() + figures * script.startswith("plots/")
+        source += shared * ("evaluate" in {*imported(ROOT / script)})
         for flag in re.findall(r"--[a-z-]+", arguments):
             assert f'"{flag}"' in source, (script, flag)
