@@ -30,10 +30,10 @@ import torch
 import machine
 import metrics
 from corpora import BUILT_IN, open_corpus
+from curves import half_way, nearest, phase_change
 from heads import head_class, name_of
 from measure import N_CTX, copying_variants, draw_examples, measure
 from parallel import Cores, Ranks
-from plots.analysis import nearest
 from records import read_records, write_records
 from safety import ArgumentParser, BadInput, check_out, one_line_errors, read_json, write_json
 from snapshots import load_snapshot
@@ -46,9 +46,7 @@ def find_phase_change(records):
     """(first, last) index into records, or None. Found on the band score, the less noisy form of
     the same quantity.
     """
-    return metrics.phase_change(
-        [r["icl_band_score"] for r in records], [r["tokens"] for r in records]
-    )
+    return phase_change([r["icl_band_score"] for r in records], [r["tokens"] for r in records])
 
 
 def summarise(records, measure_again, by_hand=None):
@@ -88,8 +86,8 @@ def summarise(records, measure_again, by_hand=None):
             "end_tokens": int(end["tokens"]),
             # the snapshots by which score and best head have made half their way: do they come
             # together?
-            "icl_half_way_snapshot": metrics.half_way([r["icl_band_score"] for r in records]),
-            "prefix_matching_half_way_snapshot": metrics.half_way(
+            "icl_half_way_snapshot": half_way([r["icl_band_score"] for r in records]),
+            "prefix_matching_half_way_snapshot": half_way(
                 [r["prefix_matching"].max() for r in records]
             ),
         }

@@ -5,8 +5,6 @@ token and i - 1 tokens of context. Losses are in nats. Patterns are [batch, head
 summing to 1.
 """
 
-import math
-
 import torch
 
 EARLY, LATE = 50, 500
@@ -137,57 +135,3 @@ def copying_score(pattern, logit_effect, by_destination=False):
         total = (attention * raised.sum(dim=3)).sum(dim=(0, 2))
     ratio = torch.where(total > 0, own / (own + total), 0.0)  # nothing raised: nothing copied
     return 4 * ratio - 1
-
-
-def phase_change(scores, tokens, smallest=0.1):
-    """The stretch of training in which in-context learning appears: (first, last) snapshot index,
-    or None.
-
-    scores: in-context learning score of each snapshot; tokens: trained on by then. The score is
-    smoothed over a tenth of the snapshots, at most nine, and the first 2 % of training left out.
-    The change is the stretch around its steepest descent to new lows (a fall that only undoes a
-    rise teaches nothing) where it falls at least a quarter as fast. None if it ends less than
-    `smallest` nats below all that was before, or if there are fewer than 20 snapshots to tell by.
-    (The paper selects its interval "based on the derivative of the in-context learning score" and
-    says no more.)
-    """
-    scores = torch.as_tensor(scores, dtype=torch.float64)
-    tokens = torch.as_tensor(tokens, dtype=torch.float64)
-    width = min(9, len(scores) // 10 | 1)  # odd
-    skipped = int((tokens < 0.02 * tokens[-1]).sum())
-    scores, tokens = _smooth(scores[skipped:], width), tokens[skipped:]
-    if len(scores) < 20:
-        return None
-    (slope,) = torch.gradient(scores, spacing=(tokens,))
-    lower_than_ever = scores <= scores.cummin(dim=0).values
-    edge = width // 2  # at either end scores are smoothed over fewer snapshots, and so noisier
-    lower_than_ever[:edge] = lower_than_ever[len(scores) - edge :] = False
-    if not lower_than_ever.any():
-        return None
-    first = last = int(torch.where(lower_than_ever, slope, math.inf).argmin())
-    fast = slope < slope[first] / 4
-    while first > 0 and fast[first - 1]:
-        first -= 1
-    while last < len(fast) - 1 and fast[last + 1]:
-        last += 1
-    gained = scores[: first + 1].min() - scores[last]
-    return (skipped + first, skipped + last) if gained >= smallest else None
-
-
-def half_way(values):
-    """Index of the first snapshot at which `values`, smoothed over five snapshots, has made half
-    its way from the mean of its first five to that of its last five (of few snapshots, from a
-    quarter to a quarter); 0 if these are the same.
-    """
-    values = torch.as_tensor(values, dtype=torch.float64)
-    few = max(1, min(5, len(values) // 4))
-    start, end = values[:few].mean(), values[-few:].mean()
-    progress = (_smooth(values) - start) / (end - start)
-    return int((progress.nan_to_num(1) >= 0.5).nonzero()[0])
-
-
-def _smooth(values, width=5):
-    """Running mean; near the ends over the fewer values that lie symmetrically around."""
-    half = width // 2
-    reach = [min(half, n, len(values) - 1 - n) for n in range(len(values))]
-    return torch.stack([values[n - r : n + r + 1].mean() for n, r in enumerate(reach)])

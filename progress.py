@@ -57,7 +57,7 @@ class Progress:
         self.shown_at, self.shown_step, self.losses = now, step, []
 
     def after_snapshot(self):
-        # metrics.phase_change leaves out the first 2 % of training, too: of that up to now
+        # curves.phase_change leaves out the first 2 % of training, too: of that up to now
         records = [record for record in self.records if record["step"] >= self.n_steps / 50]
         change = records and evaluate.find_phase_change(records)
         # four snapshots later the smoothed score no longer changes

@@ -9,36 +9,9 @@ import itertools
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-SETTLED = 0.02  # of training: what comes before is the model's start, not its way
-
-
-def smooth(values, reach=2):
-    """Running mean over 2 x reach + 1 values [snapshot]; near the ends over the fewer values that
-    lie symmetrically around (as metrics.phase_change smooths).
-    """
-    last = len(values) - 1
-    reaches = [min(reach, n, last - n) for n in range(len(values))]
-    return np.array([values[n - r : n + r + 1].mean() for n, r in enumerate(reaches)])
-
-
-def nearest(tokens, when):
-    """Index of the snapshot nearest to that many tokens."""
-    return int(np.abs(np.asarray(tokens) - when).argmin())
-
+from curves import SETTLED, nearest, smooth
 
 # --- over training
-
-
-def half_way(tokens, values):
-    """Tokens by which `values` [snapshot], smoothed, have made half their way from the mean of the
-    first five to that of the last five, in proportion between snapshots (metrics.half_way: the
-    snapshot).
-    """
-    few = max(1, min(5, len(values) // 4))
-    start, end = values[:few].mean(), values[-few:].mean()
-    way = (smooth(values) - start) / (end - start)
-    after = int(np.argmax(way >= 0.5))
-    return float(np.interp(0.5, way[after - 1 : after + 1], tokens[after - 1 : after + 1]))
 
 
 def curvature(tokens, loss, reach=5):

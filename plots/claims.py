@@ -3,7 +3,7 @@ reproducing it, judged by the records.
 
 Where the paper names no number the one here stands in the claim's words. It was chosen before any
 claim was judged by the runs of `mini`, of which the table of runs was known. Changed since: Q3,
-whose curves began and ended at one snapshot each, of 72 examples (metrics.half_way; 10 of 21 models
+whose curves began and ended at one snapshot each, of 72 examples (curves.half_way; 10 of 21 models
 met it before, 14 do now); Q5, where three standard errors became four when they were seen to fire
 in one run of six on convex curves with noise; Q7, which got controls on a second corpus and the
 angle after the window; Q9, whose share took noise for attribution (analysis.positive_share); Q12
@@ -19,6 +19,7 @@ import operator
 
 import numpy as np
 
+from curves import half_way_tokens, nearest
 from heads import name_of
 from plots import analysis, trajectories
 from plots.checks import (
@@ -123,9 +124,9 @@ def half_ways(run):
     best = matching[-1].argmax()
     raised = np.array([snapshot["heads"][best]["ov_raise"] for snapshot in snapshots])
     tokens = np.array([snapshot["tokens"] for snapshot in snapshots])
-    curves = [matching.max(axis=1), measured["icl_band_score"]]
-    times = [analysis.half_way(measured["tokens"], curve) for curve in curves]
-    return np.array([*times, analysis.half_way(tokens, raised)]) / 1e6
+    changing = matching.max(axis=1), measured["icl_band_score"]
+    times = [half_way_tokens(measured["tokens"], curve) for curve in changing]
+    return np.array([*times, half_way_tokens(tokens, raised)]) / 1e6
 
 
 @claim(
@@ -186,7 +187,7 @@ def context_beyond_fifty(runs):
         """At the start (0) or the end (1) of the window."""
         if not run.window:
             return NONE
-        at = analysis.nearest(run.evaluation["tokens"] / 1e6, run.window[edge])
+        at = nearest(run.evaluation["tokens"] / 1e6, run.window[edge])
         return analysis.context_slope(run.evaluation["loss_by_position"][at])
 
     deeper, ones = evaluated(deep(runs)), evaluated(shallow(runs))
@@ -314,7 +315,7 @@ def ablating_undoes_it(runs):
     ablated = [run for run in having(deep(runs), "ablations.npz") if run.window]
     for run in [run for run in ablated if "before_and_after" in run.ablations]:
         ablations = run.ablations
-        at = analysis.nearest(ablations["tokens"] / 1e6, run.window[1])
+        at = nearest(ablations["tokens"] / 1e6, run.window[1])
         for head in run.heads_that_match():
             name = f"{run.name} {name_of(head)}"
             dots[name], error = (

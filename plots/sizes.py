@@ -16,6 +16,7 @@ import numpy as np
 # `python plots/sizes.py` puts plots/ on the path, not the folder above it
 sys.path.append(str(Path(__file__).parent.parent))
 
+from curves import SETTLED
 from plots import analysis, style
 from plots.style import plt
 from safety import BadInput
@@ -89,7 +90,7 @@ def same_examples(runs):
 
 def draw_speed(ax, run, style_of):
     tokens = run.measurements["tokens"]
-    shown = tokens >= analysis.SETTLED * tokens[-1]
+    shown = tokens >= SETTLED * tokens[-1]
     values = analysis.speed_of_learning(tokens, run.measurements["loss"])
     ax.plot(run.millions[shown], values[shown], **style_of)
     if run.window:

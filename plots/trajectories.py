@@ -20,6 +20,7 @@ import numpy as np
 # `python plots/trajectories.py` puts plots/ on the path, not the folder above it
 sys.path.append(str(Path(__file__).parent.parent))
 
+from curves import nearest
 from plots import style
 from plots.runs import load_run
 from plots.style import plt
@@ -90,7 +91,7 @@ def pivot_angles(points, tokens, window):
     snapshots next to 0, start, end and the last count. A straight path has 0 and the paper's
     "orthogonal pivot" 90.
     """
-    start, end = (np.abs(tokens - edge).argmin() for edge in window)
+    start, end = (nearest(tokens, edge) for edge in window)
     before, within = points[start] - points[0], points[end] - points[start]
     return angle(before, within), angle(before, points[-1] - points[end])
 
@@ -147,7 +148,7 @@ def draw_path(ax, run, plane, others=()):
     millions, losses = losses_through_training(run)
     points = plane.project(losses)
     if run.window:
-        first, last = (np.abs(millions - edge).argmin() for edge in run.window)
+        first, last = (nearest(millions, edge) for edge in run.window)
         ax.plot(*points[first : last + 1].T, color=style.WINDOW_COLOUR, lw=7, alpha=0.45, zorder=1)
         for name, edge in ("A", first), ("B", last):
             ax.annotate(

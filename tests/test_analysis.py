@@ -2,9 +2,7 @@
 
 import numpy as np
 import pytest
-import torch
 
-import metrics
 from plots import analysis
 
 TOKENS = np.linspace(0, 8e6, 89)
@@ -19,11 +17,6 @@ def convex_curve(noise=0.0, seed=0):
 def change(centre=4e6, drop=0.3, width=2e5):
     """What a phase change adds: a fall by `drop`, in the main within four widths, in tokens."""
     return -drop / (1 + np.exp(-(TOKENS - centre) / width))
-
-
-def test_smoothing_is_that_of_the_phase_change():
-    values = np.random.default_rng(0).normal(size=30)
-    assert analysis.smooth(values) == pytest.approx(metrics._smooth(torch.tensor(values)).numpy())
 
 
 def test_curvature_of_a_parabola_is_exact_on_any_spacing():

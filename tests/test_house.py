@@ -10,6 +10,7 @@ IMPORTS = {
     "safety": "",
     "parallel": "safety",
     "metrics": "",
+    "curves": "",
     "heads": "safety",
     "vocabulary": "safety corpora",  # the latter for its own command line alone
     "data": "safety",
@@ -20,7 +21,7 @@ IMPORTS = {
     "records": "safety snapshots",
     "machine": "safety",
     "measure": "safety metrics data kernels",
-    "evaluate": "plots safety heads machine parallel metrics corpora snapshots records measure",
+    "evaluate": "safety curves heads machine parallel metrics corpora snapshots records measure",
     "circuits": "plots safety heads machine parallel metrics model measure evaluate",
     "tasks": "safety heads machine parallel vocabulary model measure evaluate",
     "passage": "safety machine parallel vocabulary records evaluate tasks",
@@ -34,7 +35,7 @@ IMPORTS = {
     " evaluate",
     "bench_kernels": "safety parallel metrics kernels",
     "bench": "safety machine parallel corpora model train bench_kernels sweep",
-    "plots": "safety heads",
+    "plots": "safety curves heads",
     "reproduce": "safety",
 }
 
