@@ -76,5 +76,6 @@ def half_way(values):
 
 def half_way_tokens(tokens, values):
     """Tokens by which `values` have made half their way, in proportion between snapshots."""
-    way, after = way_made(values), max(1, half_way(values))
-    return float(np.interp(0.5, way[after - 1 : after + 1], tokens[after - 1 : after + 1]))
+    way, after = way_made(values), half_way(values)
+    around = slice(max(after - 1, 0), after + 1)
+    return float(np.interp(0.5, way[around], tokens[around]))
