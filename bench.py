@@ -13,11 +13,13 @@ is printed and appended to results/bench.jsonl with all that it takes to repeat 
 """
 
 import dataclasses
+import functools
 import gc
 import itertools
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +149,34 @@ def training_flops(config):
     return 3 * 2 * (config.n_layers * (projections + attention) + config.d_model * config.d_vocab)
 
 
+@dataclasses.dataclass
+class Trainer:
+    """A training step as its users run it."""
+
+    name: str
+    threads: int  # for each operation
+    dtype: torch.dtype  # of products
+    step: Callable  # -> loss
+
+    def run(self, n_steps, device):
+        """-> the last step's loss, for which a GPU has to finish all of them."""
+        torch.set_num_threads(self.threads)
+        with machine.multiplying_in(self.dtype, device):
+            for _ in range(n_steps):
+                loss = self.step()
+            return float(loss)
+
+
+def trainers(config, recipe, corpus, cores, device):
+    """nanoGPT's step, then ours in the machine's dtype and, if that is another, in nanoGPT's."""
+    usual = DTYPE_OF_NANOGPT[device.type]
+    baseline = nanogpt_step(config, recipe.n_rows, corpus.train[0], device)
+    yield Trainer("nanoGPT's recipe", AVAILABLE_CORES, usual, baseline)
+    for dtype in dict.fromkeys((machine.pick_dtype(None, device), usual)):
+        ours = our_step(config, recipe, corpus, cores, device, dtype)
+        yield Trainer(f"train.py, {str(dtype).removeprefix('torch.')}", 1, dtype, ours)
+
+
 def bench_train(seconds, device):
     """Rows for a step of `python train.py --layers 2 --attn-only`; on a GPU with the vocabulary of
     GPT-2, whatever the text is, and ten steps at a time: nanoGPT does not wait for each to end.
@@ -157,48 +187,33 @@ def bench_train(seconds, device):
     scale, turns, at_once = ("small", 2, 10) if gpu else ("mini", 8, 1)
     corpus, recipe, cores = open_corpus(), train.RECIPES[scale], Cores(device)
     config = config_for(scale, 2, GPT2_TOKENS if gpu else corpus.d_vocab, attn_only=True)
-    baseline = nanogpt_step(config, recipe.n_rows, corpus.train[0], device)
-    # as users run them: name, cores for each operation, products, function
-    steps = [("nanoGPT's recipe", AVAILABLE_CORES, DTYPE_OF_NANOGPT[device.type], baseline)]
-    for dtype in dict.fromkeys((machine.pick_dtype(None, device), DTYPE_OF_NANOGPT[device.type])):
-        name = f"train.py, {str(dtype).removeprefix('torch.')}"
-        ours = our_step(config, recipe, corpus, cores, device, dtype)
-        steps.append((name, 1, dtype, ours))
+    compared = list(trainers(config, recipe, corpus, cores, device))
     check_gradient(config, recipe, corpus, cores, device)
     gc.freeze()  # as train.py does
-
-    def turn(threads, dtype, step, run):
-        def some_steps():
-            losses = [step() for _ in range(at_once)]
-            return float(losses[-1])  # waits for a GPU
-
-        torch.set_num_threads(threads)
-        with machine.multiplying_in(dtype, device):
-            return run(some_steps)
-
-    for _, *how in steps:
-        losses = turn(*how, lambda some_steps: [some_steps() for _ in range(30 // at_once)])
+    for trainer in compared:
+        losses = [trainer.run(at_once, device) for _ in range(30 // at_once)]
         if not losses[-1] < losses[0]:
             raise BadInput(f"a step that does not learn is not worth timing: losses {losses}")
-    times = {name: [] for name, *_ in steps}
-    share = seconds / turns / len(steps)
+    times = {trainer.name: [] for trainer in compared}
+    share = seconds / turns / len(compared)
     for _ in range(turns):  # so that a busy moment of the machine hits all
-        for name, *how in steps:
-            times[name] += turn(*how, lambda some_steps: measure(some_steps, share))
-    ceilings = {dtype: matmul_ceiling(dtype, device) for _, _, dtype, _ in steps}
+        for trainer in compared:
+            some_steps = functools.partial(trainer.run, at_once, device)
+            times[trainer.name] += measure(some_steps, share)
+    ceilings = {trainer.dtype: matmul_ceiling(trainer.dtype, device) for trainer in compared}
     n_tokens = at_once * recipe.n_rows * config.n_ctx
     baseline = np.median(times["nanoGPT's recipe"])
-    for name, _, dtype, _ in steps:
-        ceiling = ceilings[dtype]
-        p20, median, p80 = np.percentile(times[name], [20, 50, 80])
+    for trainer in compared:
+        ceiling = ceilings[trainer.dtype]
+        p20, median, p80 = np.percentile(times[trainer.name], [20, 50, 80])
         flops = training_flops(config) * n_tokens / median
         yield {
-            "what": name,
-            "dtype": str(dtype).removeprefix("torch."),
+            "what": trainer.name,
+            "dtype": str(trainer.dtype).removeprefix("torch."),
             "tokens_per_second": round(n_tokens / median),
             "p20": round(n_tokens / p80),
             "p80": round(n_tokens / p20),
-            "n": len(times[name]),
+            "n": len(times[trainer.name]),
             "speedup": round(baseline / median, 3),
             "gflops": round(flops / 1e9, 1),
             "ceiling_gflops": round(ceiling / 1e9, 1),

@@ -32,8 +32,8 @@ import torch
 import machine
 from evaluate import add_corpus_flags, corpus_of, load_fitting, snapshots_of, step_of
 from parallel import Ranks
-from records import stack, write_arrays
-from safety import ArgumentParser, BadInput, one_line_errors, read_json
+from records import stack
+from safety import ArgumentParser, BadInput, one_line_errors, read_json, write_arrays
 from tasks import PASSAGES, Text, literal_copying, logit_attribution, token_losses, word_places
 from vocabulary import load_vocabulary
 

@@ -21,7 +21,7 @@ import time
 import numpy as np
 import torch
 
-from safety import BadInput, brief, read_json, write_json, write_whole
+from safety import BadInput, Named, read_json, read_snapshots, write_arrays, write_json, write_whole
 from snapshots import load_tensors, save_snapshot, save_tensors
 
 try:
@@ -245,25 +245,10 @@ def write_records(path, records):
     write_arrays(path, stack(records))
 
 
-def write_arrays(path, arrays):
-    """{name: array} as a compressed .npz."""
-
-    def save(temporary):
-        with open(temporary, "wb") as file:  # np.savez adds a suffix to a name, not to a file
-            np.savez_compressed(file, **arrays)
-
-    write_whole(path, save)
-
-
 def read_records(path):
     """What `write_records` wrote, one record a snapshot."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-        return [
-            {name: array[n] for name, array in arrays.items()} for n in range(len(arrays["step"]))
-        ]
-    except OSError:
-        raise
-    except Exception as error:  # a damaged file, or one of another kind, can fail in any way
-        raise BadInput(f"{path}: damaged, or not the records of a run ({brief(error)})") from None
+    arrays = read_snapshots(path)
+    n_records = len(next(iter(arrays.values())))
+    return [
+        Named(path, {name: array[n] for name, array in arrays.items()}) for n in range(n_records)
+    ]

@@ -9,6 +9,8 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
+
 OF_TRAINING = ("run.json", "measurements.npz", "summary.json")  # in the folder of a run
 
 NO_MEMORY = ("allocate memory", "not enough memory")  # how torch says it of a CPU's
@@ -112,6 +114,36 @@ def read_json(path):
     if not isinstance(content, Named):
         raise BadInput(f"{path}: damaged records: a {type(content).__name__}, not named values")
     return content
+
+
+def read_arrays(path):
+    """{name: array} of an .npz file, `Named`."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return Named(path, file)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file, or one of another kind, can fail in any way
+        raise BadInput(f"{path}: damaged records ({brief(error)})") from None
+
+
+def read_snapshots(path):
+    """`read_arrays` of one record a snapshot: all arrays are [snapshot, ...]."""
+    arrays = read_arrays(path)
+    lengths = {len(array) if array.ndim else 0 for array in arrays.values()}
+    if len(lengths) != 1 or lengths == {0}:
+        raise BadInput(f"{path}: damaged records: not as many of everything as of snapshots")
+    return arrays
+
+
+def write_arrays(path, arrays):
+    """{name: array} as a compressed .npz."""
+
+    def save(temporary):
+        with open(temporary, "wb") as file:  # np.savez adds a suffix to a name, not to a file
+            np.savez_compressed(file, **arrays)
+
+    write_whole(path, save)
 
 
 def write_json(path, content, indent=1):

@@ -20,9 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-import safety
 from heads import head_named
-from safety import BadInput, Named, brief
+from safety import BadInput, read_arrays, read_json, read_snapshots
 
 # what a run of each scale has unless its flags say otherwise: others belong to the width sweep
 WIDTHS = {"mini": 128, "small": 768, "paper": 768}
@@ -59,23 +58,27 @@ class Run:
 
     @functools.cached_property
     def ablations(self):
-        return read_snapshots(self.folder / "ablations.npz")
+        return read_snapshots(self.file("ablations.npz"))
 
     @functools.cached_property
     def circuits(self):
-        return read_json(self.folder / "circuits.json")
+        return read_json(self.file("circuits.json"))
 
     @functools.cached_property
     def tasks(self):
-        return read_json(self.folder / "tasks.json")
+        return read_json(self.file("tasks.json"))
 
     @functools.cached_property
     def passage(self):
-        return read_arrays(self.folder / "passage.npz")
+        return read_arrays(self.file("passage.npz"))
 
     def substituted(self, rule):
         """Rows of losses and recovered shares, for each head or set of heads (substitute.py)."""
-        return read_json(self.folder / f"substitute-{rule}.json")["rows"]
+        return read_json(self.file(f"substitute-{rule}.json"))["rows"]
+
+    def file(self, name):
+        """Its path; BadInput if it is not among the records."""
+        return existing(self.folder / name)
 
     def has(self, name):
         """Is that file among the records?"""
@@ -150,8 +153,8 @@ class Run:
 
 def load_run(folder):
     """The records in a run's folder; BadInput if they are missing or damaged."""
-    made, summary = (read_json(folder / name) for name in ("run.json", "summary.json"))
-    return Run(folder, made, summary, read_snapshots(folder / "measurements.npz"))
+    made, summary = (read_json(existing(folder / name)) for name in ("run.json", "summary.json"))
+    return Run(folder, made, summary, read_snapshots(existing(folder / "measurements.npz")))
 
 
 def load_all(folder):
@@ -162,35 +165,11 @@ def load_all(folder):
     return {path.name: load_run(path) for path in folders}
 
 
-def read_json(path):
-    try:
-        return safety.read_json(path)
-    except FileNotFoundError:
-        raise missing(path) from None
-
-
-def read_arrays(path):
-    """A .npz file -> {name: array}."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return Named(path, file)
-    except FileNotFoundError:
-        raise missing(path) from None
-    except Exception as error:  # a damaged file, or one of another kind, can fail in any way
-        raise BadInput(f"{path}: damaged records ({brief(error)})") from None
-
-
-def read_snapshots(path):
-    """`read_arrays` of one record a snapshot: all arrays are of one length."""
-    arrays = read_arrays(path)
-    lengths = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
-    if set(lengths.values()) != {lengths.get("tokens")} or not lengths["tokens"]:
-        raise BadInput(f"{path}: damaged records: not as many of everything as of snapshots")
-    return arrays
-
-
-def missing(path):
-    return BadInput(f"{path} is missing; plots/runs.py tells which script writes it")
+def existing(path):
+    """path; BadInput if there is no such file."""
+    if not path.exists():
+        raise BadInput(f"{path} is missing; plots/runs.py tells which script writes it")
+    return path
 
 
 def head_on_passage(passage, name, shown, layer, head):
