@@ -147,8 +147,9 @@ class Ablations:
         @torch.no_grad()  # gradients are switched off for each thread
         def of_chunk(inputs, targets, at):
             if not self.args.full:
-                how = means, self.args.freeze_layernorm
-                return sweep(model, inputs, targets, at, ablations, *how).transpose(0, 1)
+                frozen = self.args.freeze_layernorm
+                losses = sweep(model, inputs, targets, at, ablations, means, frozen)
+                return losses.transpose(0, 1)
             hooks = (ablation(heads, means) for heads in ablations)
             losses = [model.losses(inputs, targets, hook, pattern=None, at=at) for hook in hooks]
             return torch.stack(losses, dim=1)

@@ -282,14 +282,14 @@ def evaluate_run(args, ranks):
         print_heads(records[-1])
         print(f"{one_line(records[-1])}\n-> {out}")
         return
-    told = args.path / "summary.json"  # there once training is finished
-    before = read_json(told) if told.exists() else {}
+    summary_path = args.path / "summary.json"  # there once training is finished
+    before = read_json(summary_path) if summary_path.exists() else {}
     summary = summarise(records, records.__getitem__, window_by_hand(before, records))
     print_heads(records[-1])
     print(conclusion(summary))
     if args.out is None and before and summary["examples"] > before.get("examples", 0):
-        write_json(told, before | summary)
-        out = f"{out}, {told}"
+        write_json(summary_path, before | summary)
+        out = f"{out}, {summary_path}"
     print(f"-> {out}")
 
 
@@ -311,9 +311,9 @@ class Countdown:
 
 def set_window(args, ranks):
     """The run's summary anew, with the phase change where --window says."""
-    told = args.path / "summary.json"
-    if not told.exists():
-        raise BadInput(f"{told} is missing: its training is not finished")
+    summary_path = args.path / "summary.json"
+    if not summary_path.exists():
+        raise BadInput(f"{summary_path} is missing: its training is not finished")
     paths, records = measured_snapshots(args.path)
     millions = np.array([record["tokens"] for record in records]) / 1e6
     start, end = args.window
@@ -328,8 +328,8 @@ def set_window(args, ranks):
         records, lambda index: measure_file(paths[int(records[index]["step"])]), by_hand
     )
     if ranks.is_first:
-        write_json(told, read_json(told) | summary)
-        print(f"{conclusion(summary)}\n-> {told}")
+        write_json(summary_path, read_json(summary_path) | summary)
+        print(f"{conclusion(summary)}\n-> {summary_path}")
 
 
 def window_by_hand(summary, records):
@@ -393,9 +393,9 @@ def phase_change_steps(run, records):
     """Of its first and last snapshot: what the summary tells, once training is finished, else what
     the records show; () if there is none.
     """
-    told, window = run / "summary.json", None
-    if told.exists():
-        change = read_json(told)["phase_change"]
+    summary_path, window = run / "summary.json", None
+    if summary_path.exists():
+        change = read_json(summary_path)["phase_change"]
         window = edges_among(records, change) if change else ()
     if window is None:
         window = find_phase_change(records) or ()

@@ -151,6 +151,8 @@ EPSILON = 1e-5  # under the root of every LayerNorm's variance
 
 
 class LayerNorm(nn.Module):
+    """resid [..., d_model] -> the same shape, with gain w and bias b."""
+
     def __init__(self, d_model):
         super().__init__()
         self.w = nn.Parameter(torch.ones(d_model))
@@ -172,6 +174,13 @@ def layer_norm_divisor(resid):
 
 
 class Attention(nn.Module):
+    """All heads of a layer: x [batch, pos, d_model], what LayerNorm made of the stream -> what the
+    heads together add to it, of the same shape.
+
+    positions [pos, d_model] are added for queries and keys alone; touch: a `_Touch`; at [batch, n]:
+    where the queries stand (None: everywhere), which then is the shape of the answer, too.
+    """
+
     def __init__(self, config):
         super().__init__()
         into_head = (config.n_heads, config.d_model, config.d_head)
@@ -203,6 +212,10 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """x [batch, pos, d_model] -> what it adds to the stream, of the same shape; products in x's
+    dtype.
+    """
+
     def __init__(self, config):
         super().__init__()
         self.W_in = nn.Parameter(torch.empty(config.d_model, config.d_mlp))
@@ -216,6 +229,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """A layer: resid [batch, pos, d_model] -> resid plus what its heads and its MLP add, [batch, n,
+    d_model] if it is asked for at n positions. Products are in dtype, the stream in float32.
+    """
+
     def __init__(self, config):
         super().__init__()
         self.ln1 = LayerNorm(config.d_model)

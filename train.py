@@ -199,16 +199,21 @@ def model_config(args, d_vocab):
         if heads < 1 or d_model % heads:
             raise BadInput(f"--d-model {d_model} cannot be divided among {heads} heads")
         d_head = d_model // heads
-    d_mlp = 0 if args.attn_only else 4 * d_model
-    sizes = {"d_model": d_model, "n_heads": heads, "d_head": d_head, "d_mlp": d_mlp}
+    sizes = {"d_model": d_model, "n_heads": heads, "d_head": d_head}
+    sizes["d_mlp"] = 4 * d_model if config.d_mlp else 0
     return with_settings(dataclasses.replace(config, **sizes), args.settings)
 
 
 def training_recipe(args, n_ctx, world):
     """The scale's recipe with what the flags change in it."""
-    flags = (args.tokens, args.lr, args.snapshots, args.examples)
-    given = dict(zip(FLAGGED, flags, strict=True)) | {"n_final_examples": args.examples}
-    given = {name: value for name, value in given.items() if value is not None}
+    flags = {
+        "n_tokens": args.tokens,
+        "learning_rate": args.lr,
+        "n_snapshots": args.snapshots,
+        "n_examples": args.examples,
+        "n_final_examples": args.examples,
+    }
+    given = {name: value for name, value in flags.items() if value is not None}
     # the settings last: --set n_final_examples is for itself
     recipe = with_settings(RECIPES[args.scale], given | args.settings)
     if recipe.n_tokens < recipe.n_rows * n_ctx:
@@ -275,6 +280,9 @@ def loss_and_gradient(model, parameters, inputs, targets, n_tokens, cores, ranks
 
 
 def make_optimizer(model, recipe):
+    """AdamW with three groups, in the order that `update` and state.pt know: matrices; W_E, at
+    vector_factor times their learning rate; gains and biases, at the same and without decay.
+    """
     embed = model.embed["W_E"]
     matrices = [p for p in model.parameters() if p.dim() > 1 and p is not embed]
     vectors = [p for p in model.parameters() if p.dim() <= 1]

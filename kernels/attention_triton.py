@@ -91,6 +91,7 @@ def _forward_kernel(
     n_heads, n_ctx, scale,
     D_HEAD: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_KEY: tl.constexpr,
 ):  # fmt: skip
+    """z and lse of a block of queries."""
     batch, head, first_query, window = place_of_queries(windows, n_heads, n_ctx, BLOCK_QUERY)
     queries = first_query + tl.arange(0, BLOCK_QUERY)
     scale *= LOG2_E
@@ -130,6 +131,7 @@ def _dquery_kernel(
     lse, delta, windows, n_heads, n_ctx, scale,
     D_HEAD: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_KEY: tl.constexpr,
 ):  # fmt: skip
+    """dquery and delta of a block of queries."""
     batch, head, first_query, window = place_of_queries(windows, n_heads, n_ctx, BLOCK_QUERY)
     queries = first_query + tl.arange(0, BLOCK_QUERY)
 
@@ -168,7 +170,7 @@ def _dkey_kernel(
     lse, delta, windows, n_heads, n_ctx, scale,
     D_HEAD: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_KEY: tl.constexpr,
 ):  # fmt: skip
-    """dkey' and dvalue. Scores are [key, query] here."""
+    """dkey' and dvalue of a block of keys. Scores are [key, query] here."""
     block, batch, head = place(n_heads, n_ctx, BLOCK_KEY)
     first_key = block * BLOCK_KEY
     keys = first_key + tl.arange(0, BLOCK_KEY)
@@ -212,6 +214,7 @@ def _smear_kernel(
     k, k_strides, smeared, smeared_strides, alpha, n_heads, n_ctx,
     D_HEAD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    """key' of a block of keys; one before the first is 0 and has no share."""
     block, batch, head = place(n_heads, n_ctx, ROWS)
     first = block * ROWS
     share = tl.sigmoid(tl.load(alpha + head).to(tl.float32))

@@ -251,6 +251,7 @@ def logits_of_tile(
     resid, W_U, row, column, n_rows, d_model, width,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
+    """resid @ W_U at [row, column] on: [ROWS, COLUMNS], float32."""
     logits = tl.zeros([ROWS, COLUMNS], tl.float32)
     for depth in tl.range(0, d_model, DEPTH):
         x = load_tile(resid, row, depth, n_rows, d_model, ROWS, DEPTH)

@@ -85,6 +85,7 @@ def _frozen_kernel(
     n_values, n_heads, n_ctx, scale,
     D_HEAD: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_KEY: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
+    """z of a block of queries for GROUP of the value tensors."""
     batch, head, first_query, window = place_of_queries(windows, n_heads, n_ctx, BLOCK_QUERY)
     queries = first_query + tl.arange(0, BLOCK_QUERY)
     first_value = tl.program_id(1) * GROUP
@@ -149,6 +150,7 @@ def _mass_kernel(
     offset, n_heads, n_ctx, scale,
     D_HEAD: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_KEY: tl.constexpr,
 ):  # fmt: skip
+    """Attention of a block of queries on matching keys and on the previous token: two numbers."""
     batch, head, first_query, window = place_of_queries(windows, n_heads, n_ctx, BLOCK_QUERY)
     queries = first_query + tl.arange(0, BLOCK_QUERY)
     scale *= LOG2_E

@@ -141,14 +141,18 @@ class Run:
     def title(self):
         config = self.made["config"]
         kind = "attention-only" if config["d_mlp"] == 0 else "with MLPs"
-        layers = "1 layer" if self.n_layers == 1 else f"{self.n_layers} layers"
         smear = ", smeared keys" if config["smear"] else ""
         series = SERIES_IN_TITLES.get(self.series, "").format(**config)
-        return f"{layers}, {kind}{smear}{series}{'; window set by hand' * self.window_is_by_hand}"
+        by_hand = "; window set by hand" if self.window_is_by_hand else ""
+        return f"{layers(self.n_layers)}, {kind}{smear}{series}{by_hand}"
 
     @property
     def is_plain_one_layer(self):
         return self.n_layers == 1 and not self.made["config"]["smear"]
+
+
+def layers(n_layers):
+    return "1 layer" if n_layers == 1 else f"{n_layers} layers"
 
 
 def load_run(folder):

@@ -18,6 +18,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 from curves import SETTLED
 from plots import analysis, style
+from plots.runs import layers
 from plots.style import plt
 from safety import BadInput
 
@@ -120,7 +121,7 @@ def label_of(run, runs):
 def what_differs(run, runs):
     if differ_in_width(runs):
         return f"width {run.made['config']['d_model']}"
-    return f"{run.n_layers} layer{'s' * (run.n_layers > 1)}"
+    return layers(run.n_layers)
 
 
 main = style.script(__doc__, draw)

@@ -17,6 +17,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 from plots import style
 from plots.panels import BANDS
+from plots.runs import layers
 from plots.style import plt
 
 
@@ -30,8 +31,7 @@ def draw(runs):
         for n_layers, ax in zip((1, 2), row, strict=True):
             seeds = [run for run in runs if kind(run) == (n_layers, smear)]
             draw_seeds(ax, seeds, [records[run.folder] for run in seeds])
-            layers = "1 layer" if n_layers == 1 else f"{n_layers} layers"
-            ax.set_title(f"{layers}, {'smeared keys' if smear else 'plain keys'}")
+            ax.set_title(f"{layers(n_layers)}, {'smeared keys' if smear else 'plain keys'}")
     for ax in panels[1]:
         ax.set_xlabel("training tokens (millions)")
     for ax in panels[:, 0]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib
 from PIL import Image  # comes with matplotlib
 
-from plots.runs import load_run
+from plots.runs import layers, load_run
 from safety import ArgumentParser, check_out, one_line_errors, write_whole
 
 matplotlib.use("Agg")
@@ -49,7 +49,7 @@ def depth_key(n_layers):
     """What a legend shows for models of that depth, drawn as points."""
     return plt.Line2D(
         [], [], ls="", marker="o", color=depth_colour(n_layers), mec="white",
-        label=f"{n_layers} layer{'s' * (n_layers > 1)}",
+        label=layers(n_layers),
     )  # fmt: skip
 
 
@@ -105,8 +105,8 @@ def counted(numbers):
 
 
 def column_title(run):
-    layers, kind, *more = run.title.split(", ")
-    lines = [f"{layers}, seed {run.seed}", kind, *[", ".join(more)] * bool(more)]
+    depth, kind, *more = run.title.split(", ")
+    lines = [f"{depth}, seed {run.seed}", kind, *[", ".join(more)] * bool(more)]
     return "\n".join(lines).replace("; ", "\n")
 
 
