@@ -14,23 +14,26 @@ from curves import SETTLED, nearest, smooth
 # --- over training
 
 
-def curvature(tokens, loss, reach=5):
+REACH = 5  # snapshots on either side that tell how a loss curve bends
+
+
+def curvature(tokens, loss):
     """d2 loss / d tokens2 and its standard error, [snapshot] each: of the parabola that fits the
-    2 x reach + 1 snapshots around best; nan where there are fewer.
+    snapshot and REACH on either side best; nan where there are fewer.
     """
-    width = 2 * reach + 1
+    width = 2 * REACH + 1
     found = np.full((2, len(loss)), np.nan)
     if len(loss) < width:
         return found
     x, y = (sliding_window_view(values, width) for values in (tokens, loss))
     span = np.ptp(x, axis=1)
-    x = (x - x[:, [reach]]) / span[:, None]
+    x = (x - x[:, [REACH]]) / span[:, None]
     powers = np.stack([x**2, x, np.ones_like(x)], axis=-1)  # [fit, snapshot, power]
     solve = np.linalg.pinv(powers)
     fits = solve @ y[..., None]
     variance = ((y - (powers @ fits)[..., 0]) ** 2).sum(axis=1) / (width - 3)
     error = np.sqrt(variance * (solve[:, 0] ** 2).sum(axis=1))
-    found[:, reach:-reach] = np.stack([fits[:, 0, 0], error]) * 2 / span**2
+    found[:, REACH:-REACH] = np.stack([fits[:, 0, 0], error]) * 2 / span**2
     return found
 
 
@@ -46,18 +49,18 @@ def non_convex(tokens, loss):
     return (second + 4 * error < 0) & (tokens >= SETTLED * tokens[-1])
 
 
-def bump(tokens, loss, window, reach=5):
+def bump(tokens, loss, window):
     """Is the loss curve non-convex (within the window, outside it)? Two bools.
 
-    window: (start, end) in tokens, or None. `reach` snapshots on either side belong to it: so far
-    the parabola at a snapshot sees.
+    window: (start, end) in tokens, or None. REACH snapshots on either side belong to it: so far the
+    parabola at a snapshot sees.
     """
     bent = non_convex(tokens, loss)
     if window is None:
         return False, bool(bent.any())
     first, last = (nearest(tokens, edge) for edge in window)
     inside = np.zeros_like(bent)
-    inside[max(first - reach, 0) : last + reach + 1] = True
+    inside[max(first - REACH, 0) : last + REACH + 1] = True
     return bool((bent & inside).any()), bool((bent & ~inside).any())
 
 
@@ -146,15 +149,15 @@ def loss_to_last(loss_by_position):
     return centres, binned[..., -1:] - binned
 
 
-def gap_share(small, large, position=10, least=0.12):
+def gap_share(small, large):
     """Share of the gap between two models' losses by position, averaged over the last quarter of
-    the context, that is there by the given position (a mean over five); nan if the large model is
-    better by less than `least` nats: of no gap there is no share. (Between models of `mini`, a mean
+    the context, that is there by the 10th position (the mean of 8 to 12); nan if the large model is
+    better by less than 0.12 nats: of no gap there is no share. (Between models of `mini`, a mean
     over five positions and 300 examples is off by 0.03.)
     """
     gap = small - large
     last = gap[-len(gap) // 4 :].mean()
-    return gap[position - 3 : position + 2].mean() / last if last >= least else np.nan
+    return gap[7:12].mean() / last if last >= 0.12 else np.nan
 
 
 # --- over heads

@@ -48,7 +48,7 @@ def _word_length(spelled, n):
 def draw_text(ax, spelled, colours, width, outlined=()):
     """Writes the text into an axis of that many columns; colours: RGBA [token].
 
-    outlined: tokens with a frame around them. Returns the number of rows.
+    outlined: tokens with a frame around them.
     """
     pieces, n_rows = lay_out(spelled, width)
     ax.set(xlim=(0, width), ylim=(n_rows, 0))
@@ -63,7 +63,6 @@ def draw_text(ax, spelled, colours, width, outlined=()):
         ax.text(
             column, row + 0.54, text, color=ink, family="monospace", fontsize=FONT_SIZE, va="center"
         )
-    return n_rows
 
 
 def is_dark(colour):
