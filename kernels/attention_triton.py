@@ -37,6 +37,7 @@ import triton.language as tl
 
 from kernels import refuse_second_derivatives
 from kernels.tiles_triton import (
+    DTYPES,
     LOG2_E,
     LOWEST,
     ROWS,
@@ -246,9 +247,6 @@ def _unsmear_kernel(
     before = load_rows(k, k_strides, batch, head, first - 1, n_ctx, ROWS, D_HEAD).to(tl.float32)
     by_share = tl.sum(tl.where(untouched, 0.0, here * (key - before)))
     tl.store(dalpha + tl.program_id(0), by_share * share * (1 - share))
-
-
-DTYPES = torch.float32, torch.float16, torch.bfloat16
 
 
 def attention(q, k, v, alpha=None, windows=None):

@@ -42,7 +42,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import refuse_second_derivatives
 from kernels.cross_entropy import IGNORED
-from kernels.tiles_triton import LOWEST, architecture, readable
+from kernels.tiles_triton import DTYPES, LOWEST, architecture, readable
 
 # of the gradient by the logits in memory at once: 4096 rows of 2^16 in bfloat16, for which the
 # library's products fill a chip
@@ -69,7 +69,7 @@ def linear_cross_entropy(resid, W_U, targets):
 
     A target of -100 costs 0; another that is no token costs infinity.
     """
-    if resid.dtype != W_U.dtype or resid.dtype.itemsize not in (2, 4):
+    if resid.dtype != W_U.dtype or resid.dtype not in DTYPES:
         raise TypeError(f"{resid.dtype} @ {W_U.dtype}: both float32, float16 or bfloat16 needed")
     d_model, d_vocab = W_U.shape
     to_width, to_depth = -d_vocab % ALIGNMENT, -d_model % ALIGNMENT

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+DTYPES = torch.float32, torch.float16, torch.bfloat16  # that kernels take
 LOG2_E = tl.constexpr(1.4426950408889634)
 # below any score or logit, but finite: all of a tile may be hidden, and inf - inf is NaN
 LOWEST = tl.constexpr(-1e30)

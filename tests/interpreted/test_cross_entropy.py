@@ -204,8 +204,10 @@ def test_inputs_that_start_anywhere(dtype):
     assert_as_exact_as_the_reference(*odd, targets)
 
 
-def test_float64_is_refused_in_a_line():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32])
+def test_types_that_no_kernel_is_made_for_are_refused(dtype):
     resid, W_U, targets = inputs(4, 16, 40, torch.float64)
+    resid, W_U = resid.detach().to(dtype), W_U.detach().to(dtype)
     with pytest.raises(TypeError, match="float32, float16 or bfloat16"):
         linear_cross_entropy(resid, W_U, targets, "triton")
 
