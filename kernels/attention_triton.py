@@ -47,6 +47,7 @@ from kernels.tiles_triton import (
     key_stretches,
     launch_config,
     load_rows,
+    on_their_gpu,
     padded,
     place,
     place_of_queries,
@@ -249,6 +250,7 @@ def _unsmear_kernel(
     tl.store(dalpha + tl.program_id(0), by_share * share * (1 - share))
 
 
+@on_their_gpu
 def attention(q, k, v, alpha=None, windows=None):
     """-> z [batch, head, pos, d_head], and lse [batch, head, pos], float32, which has no gradient;
     see `attention.attention`.

@@ -42,7 +42,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import refuse_second_derivatives
 from kernels.cross_entropy import IGNORED
-from kernels.tiles_triton import DTYPES, LOWEST, architecture, readable
+from kernels.tiles_triton import (
+    DTYPES,
+    LOWEST,
+    architecture,
+    on_their_gpu,
+    readable,
+)
 
 # of the gradient by the logits in memory at once: 4096 rows of 2^16 in bfloat16, for which the
 # library's products fill a chip
@@ -63,6 +69,7 @@ TILES = {
 }
 
 
+@on_their_gpu
 def linear_cross_entropy(resid, W_U, targets):
     """Cross-entropy of every row in nats, float32: resid [row, d_model], W_U [d_model, d_vocab],
     targets [row] -> [row]; differentiable in resid and W_U, both float32, float16 or bfloat16.

@@ -31,6 +31,7 @@ from kernels.tiles_triton import (
     key_stretches,
     launch_config,
     load_rows,
+    on_their_gpu,
     padded,
     place,
     place_of_queries,
@@ -188,6 +189,7 @@ def _mass_kernel(
     tl.store(mass + tl.num_programs(0) + tl.program_id(0), previous)
 
 
+@on_their_gpu
 def frozen_attention(q, k, lse, values, alpha=None, windows=None):
     """See `attention.frozen_attention`; values of the dtype of q and k."""
     d_head, n_values = q.shape[3], len(values)
@@ -204,6 +206,7 @@ def frozen_attention(q, k, lse, values, alpha=None, windows=None):
     return z[..., :d_head]
 
 
+@on_their_gpu
 def index_attention(index, values):
     """See `attention.index_attention`."""
     d_head = values.shape[4]
@@ -215,6 +218,7 @@ def index_attention(index, values):
     return z[..., :d_head]
 
 
+@on_their_gpu
 def head_mass(q, k, lse, tokens, alpha=None, windows=None, offset=1):
     """See `attention.head_mass`."""
     batch, n_heads, n_ctx, d_head = q.shape

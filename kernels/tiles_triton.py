@@ -99,6 +99,19 @@ def query_stretches(first_key, window, n_ctx, BLOCK_QUERY: tl.constexpr, BLOCK_K
     return start, whole_start, tl.maximum(whole_stop, whole_start), stop
 
 
+def on_their_gpu(op):
+    """Decorator: launches kernels on the GPU of the first argument, which Triton by itself does on
+    the current one.
+    """
+
+    @functools.wraps(op)
+    def launched(x, *more):
+        with torch.cuda.device_of(x):
+            return op(x, *more)
+
+    return launched
+
+
 def by_size(*configs):
     """A row of a launch table: {d_head: configuration}."""
     return dict(zip((16, 32, 64, 128), configs, strict=True))

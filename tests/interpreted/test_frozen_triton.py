@@ -2,6 +2,8 @@
 pattern; and these tests against planted faults.
 """
 
+import contextlib
+
 import pytest
 import torch
 import triton
@@ -9,6 +11,7 @@ import triton
 import metrics
 from kernels import frozen_triton as module
 from kernels.attention import (
+    attention,
     attention_and_lse,
     attention_pattern,
     frozen_attention,
@@ -17,6 +20,7 @@ from kernels.attention import (
     head_statistics,
     index_attention,
 )
+from kernels.cross_entropy import linear_cross_entropy
 from model import ModelConfig, Transformer
 from sweep import sweep
 
@@ -208,3 +212,30 @@ def test_the_sweep_of_a_gpu_is_that_of_the_cpu(smear):
     cpu, gpu = losses
     assert (cpu[1:] - cpu[0]).abs().amax(dim=(1, 2)).min() > 1e-3
     assert torch.allclose(cpu, gpu, atol=1e-5)
+
+
+def test_kernels_are_launched_on_the_gpu_of_their_tensors(monkeypatch):
+    """Which need not be the current one."""
+    q, k, lse = recorded_run(16)
+    values, index = stacked(2, q), torch.zeros(1, 2, 16, dtype=torch.int32)
+    rows, W_U, targets = q.flatten(0, 2), k.flatten(0, 2).T, torch.zeros(32, dtype=torch.long)
+    ops = (
+        lambda: attention(q, k, k, kernels="triton"),
+        lambda: frozen_attention(q, k, lse, values, kernels="triton"),
+        lambda: index_attention(index, values, "triton"),
+        lambda: head_mass(q, k, lse, few_tokens(16), kernels="triton"),
+        lambda: linear_cross_entropy(rows, W_U, targets, "triton"),
+    )
+    made_current = []
+
+    @contextlib.contextmanager
+    def device_of(x):
+        made_current.append(x)
+        yield
+        made_current.append(None)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for op in ops:
+        made_current.clear()
+        op()
+        assert len(made_current) == 2 and isinstance(made_current[0], torch.Tensor)
