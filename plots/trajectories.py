@@ -56,14 +56,16 @@ def principal_plane(losses):
 
     From the Gram matrix [snapshot, snapshot], which is small for any number of tokens. The signs of
     the axes are such that the first snapshot lies to the left and above: training moves right.
+    Snapshots on one line have no second axis: it is 0.
     """
     centre = losses.mean(axis=0)
     offsets = losses - centre
     variances, vectors = np.linalg.eigh(offsets @ offsets.T)  # ascending
-    first_two = vectors[:, :-3:-1]
-    axes = offsets.T @ first_two / np.sqrt(variances[:-3:-1])
+    of_both, first_two = variances[:-3:-1].clip(min=0), vectors[:, :-3:-1]
+    lengths = np.where(of_both > 1e-12 * of_both[0], of_both**0.5, np.inf)
+    axes = offsets.T @ first_two / lengths
     axes *= np.where(offsets[0] @ axes * (-1, 1) < 0, -1, 1)
-    return Plane(centre, axes, variances[:-3:-1] / variances.sum())
+    return Plane(centre, axes, of_both / variances.sum())
 
 
 def joint_pca(runs):
@@ -74,6 +76,10 @@ def joint_pca(runs):
     """
     some = [run for run in runs if is_plain(run)] or runs
     losses = [losses_through_training(run)[1] for run in some]
+    if sum(map(len, losses)) < 3:
+        raise BadInput(
+            f"{some[0].folder}: a plane needs three snapshots of trained models, or more"
+        )
     n_tokens = min(part.shape[1] for part in losses)
     return principal_plane(np.concatenate([part[:, :n_tokens] for part in losses]))
 

@@ -110,6 +110,16 @@ def test_the_plane_is_that_of_a_singular_value_decomposition():
     assert plane.explained == pytest.approx(values[:2] ** 2 / (values**2).sum())
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("n_snapshots", [2, 30])
+def test_a_straight_path_has_no_second_axis(n_snapshots):
+    points = np.linspace((0, 0), (3, 4), n_snapshots)
+    losses, _ = embed(points)
+    plane = trajectories.principal_plane(losses)
+    assert plane.explained == pytest.approx([1, 0]) and not plane.axes[:, 1].any()
+    assert plane.project(losses)[:, 0] == pytest.approx(np.linspace(-2.5, 2.5, n_snapshots))
+
+
 @pytest.mark.parametrize("direction, angle", [((2, 0), 0), ((0, 5), 90), ((-1, 0), 180)])
 def test_the_pivot_angle_of_a_path_of_two_straight_lines(direction, angle):
     until = np.linspace((0, 0), (10, 0), 11)
