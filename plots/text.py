@@ -58,7 +58,7 @@ def draw_text(ax, spelled, colours, width, outlined=()):
         box = matplotlib.patches.Rectangle(
             (column, row + 0.04), len(text), 0.92, fc=colours[n], ec=edge, lw=1.2
         )
-        ax.add_patch(box)
+        ax.add_artist(box)  # add_patch would look how far it reaches: the limits are set
         ink = "white" if is_dark(colours[n]) else "black"
         ax.text(
             column, row + 0.54, text, color=ink, family="monospace", fontsize=FONT_SIZE, va="center"
