@@ -82,7 +82,12 @@ RECIPES = {
     ),
 }  # fmt: skip
 # what --set changes: all numbers of a model and a recipe that have no flag of their own
-FLAGGED = ("n_tokens", "learning_rate", "n_snapshots", "n_examples")
+FLAGGED = {
+    "n_tokens": "tokens",
+    "learning_rate": "lr",
+    "n_snapshots": "snapshots",
+    "n_examples": "examples",
+}
 SETTINGS = {
     field.name: field.type
     for part, kinds in ((ModelConfig, (float,)), (Recipe, (int, float)))
@@ -206,13 +211,8 @@ def model_config(args, d_vocab):
 
 def training_recipe(args, n_ctx, world):
     """The scale's recipe with what the flags change in it."""
-    flags = {
-        "n_tokens": args.tokens,
-        "learning_rate": args.lr,
-        "n_snapshots": args.snapshots,
-        "n_examples": args.examples,
-        "n_final_examples": args.examples,
-    }
+    flags = {name: getattr(args, flag) for name, flag in FLAGGED.items()}
+    flags["n_final_examples"] = args.examples
     given = {name: value for name, value in flags.items() if value is not None}
     # the settings last: --set n_final_examples is for itself
     recipe = with_settings(RECIPES[args.scale], given | args.settings)

@@ -76,10 +76,6 @@ def joint_pca(runs):
     """
     some = [run for run in runs if is_plain(run)] or runs
     losses = [losses_through_training(run)[1] for run in some]
-    if sum(map(len, losses)) < 3:
-        raise BadInput(
-            f"{some[0].folder}: a plane needs three snapshots of trained models, or more"
-        )
     n_tokens = min(part.shape[1] for part in losses)
     return principal_plane(np.concatenate([part[:, :n_tokens] for part in losses]))
 

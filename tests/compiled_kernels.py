@@ -6,10 +6,9 @@
 
 The library's own functions run on small CPU tensors while Triton is told that the GPU is an A100
 (80), an H100 or H200 (90), a B200 (100) or a consumer's Blackwell (120), and every launch stops
-after compiling. So what is
-compiled is what would be launched: the same configuration, specialised in the same way. The machine
-code comes from NVIDIA's assembler, which is part of Triton's wheel, and is read with `cuobjdump`,
-from there too.
+after compiling. So what is compiled is what would be launched: the same configuration, specialised
+in the same way. The machine code comes from NVIDIA's assembler, which is part of Triton's wheel,
+and is read with `cuobjdump`, from there too.
 
 Each version of Triton has a table of its own; a version without one is checked all the same. For a
 second version:

@@ -275,22 +275,12 @@ def test_the_time_left_follows_what_the_same_script_took(tmp_path):
 # all of it
 
 
-def cpu_seconds(*arguments):
-    """That Python needs for them."""
-    process = subprocess.Popen([sys.executable, *arguments])
-    _, status, used = os.wait4(process.pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
-    return used.ru_utime + used.ru_stime
-
-
 def test_the_whole_paper_on_next_to_nothing_at_the_scale_smoke(smoke):
     process, folder = smoke
     _, status, used = os.wait4(process.pid, 0)
     output = (folder / "stdout").read_text()
     assert os.waitstatus_to_exitcode(status) == 0, (folder / "stderr").read_text()
-    starts = [cpu_seconds("-c", "import torch") for _ in range(3)]
-    # 90 s where PyTorch starts in 1.8 s: of slower machines as much more
-    assert used.ru_utime + used.ru_stime < 50 * sum(starts) / 3
+    assert used.ru_utime + used.ru_stime < 90  # seconds
 
     names = {"run", "summary", "ablations", "circuits", "tasks", "substitute-induction"}
     results = folder / "results" / "smoke"
