@@ -171,8 +171,8 @@ def text_of(passage, name, heads, first):
         "tokens": spell(passage[f"{name}_text"]),
         "example": int(queries[pattern[-1, first, came_next].argmax()]),
         "loss": losses.round(2).tolist(),
-        "pattern": in_base64(zlib.compress(pattern.tobytes(), 9)),
-        "attribution": in_base64(zlib.compress(steps.tobytes(), 9)),
+        "pattern": in_base64(zlib.compress(pattern.tobytes(), 8)),
+        "attribution": in_base64(zlib.compress(steps.tobytes(), 8)),
         "step": passage[f"{name}_attribution_scale"][:, layer, head].round(6).tolist(),
     }
 
