@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from corpora import open_corpus
 from vocabulary import END_OF_TEXT, PYTHON_1024
@@ -20,6 +21,14 @@ def document(rng, n_lines=60):
     names = ["".join(rng.choices(letters, k=rng.randint(3, 8))) for _ in range(12)]
     pattern = "def {}({}, {}):\n    return {} + {}\n"
     return "".join(pattern.format(*rng.choices(names, k=5)) for _ in range(n_lines))
+
+
+@pytest.fixture
+def unwritten_memory_is_nan():
+    """A result that was not written cannot be right because its memory held the same one before."""
+    torch.use_deterministic_algorithms(True)  # makes torch.empty and the like fill with NaN
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")

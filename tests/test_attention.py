@@ -19,6 +19,8 @@ from kernels.attention import (
     watched_attention,
 )
 
+pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
+
 
 def inputs(n_ctx, d_head=16, n_heads=3, batch=2, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)

@@ -22,6 +22,8 @@ from kernels.attention import (
     visible,
 )
 
+pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
+
 ALPHA, WINDOWS = torch.tensor([-10.0, 0.3, 10.0]), (1, 5, 1000)
 KINDS = pytest.mark.parametrize(
     "alpha, windows", [(None, None), (ALPHA, WINDOWS)], ids=["plain", "smeared and local"]
