@@ -22,9 +22,9 @@ import tiktoken
 from tiktoken.load import load_tiktoken_bpe
 from tiktoken_ext.openai_public import r50k_pat_str as GPT2_PATTERN
 
+from documents import END_OF_TEXT, documents_of
 from safety import ArgumentParser, BadInput, check_out, one_line_errors, write_whole
 
-END_OF_TEXT = "<|endoftext|>"
 PYTHON_1024 = str(Path(__file__).parent / "vocabularies" / "python-1024.tiktoken")
 
 
@@ -123,8 +123,6 @@ def _merge(word, pair, merged):
 @one_line_errors
 def main(argv=None):
     import regex  # tiktoken's own dependency: the module `re` does not know \p{L}
-
-    from corpora import documents_of
 
     parser = ArgumentParser(__doc__)
     parser.add_argument(

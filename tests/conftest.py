@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from corpora import open_corpus
-from vocabulary import END_OF_TEXT, PYTHON_1024
+from documents import END_OF_TEXT
+from vocabulary import PYTHON_1024
 
 
 def document(rng, n_lines=60):
