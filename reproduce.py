@@ -55,7 +55,7 @@ SCALES = {
     # every kind of command once or twice, on too little to learn from
     "smoke": Scale(
         "mini", 4 * 8 * 512, 8 * 512, d_model=128, d_vocab=1024, widths=(),
-        snapshots=5, examples=8, ablated=2, ablation_examples=8, in_training=8,
+        snapshots=3, examples=8, ablated=2, ablation_examples=8, in_training=8,
         rules=("induction",), only=("2L", "1L-books"),
     ),
 }  # fmt: skip

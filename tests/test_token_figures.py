@@ -138,6 +138,23 @@ def test_ink_is_white_on_dark_colours_only():
     assert not text.is_dark("white") and not text.is_dark("none") and not text.is_dark("yellow")
 
 
+def test_letters_and_boxes_stand_in_their_columns():
+    figure, ax = style.plt.subplots()
+    text.draw_text(ax, ["cost", " $", "1 $2↵\n", "so"], ["white", "navy", "none", "navy"], 20, {1})
+    inks = [(line.get_position()[1], line.get_color(), line.get_text()) for line in ax.texts]
+    assert inks == [
+        (0.54, "black", "cost  1 $2↵"),
+        (0.54, "white", "     $"),
+        (1.54, "white", "so"),
+    ]
+    assert not any(line.get_parse_math() for line in ax.texts)  # dollars are no formula
+    (boxes,) = ax.collections
+    spans = [path.get_extents().intervalx.tolist() for path in boxes.get_paths()]
+    assert spans == [[0, 4], [4, 6], [6, 11], [0, 2]]
+    assert [bool(edge[3]) for edge in boxes.get_edgecolor()] == [False, True, False, False]
+    style.plt.close(figure)
+
+
 # the passage
 
 
@@ -148,7 +165,7 @@ def test_tokens_have_the_colour_of_their_change(run):
     losses = run.passage["Python_loss"].astype(float)
     change = losses[20] - losses[10]
     assert f"{change[1:].mean():+.2f} nats" in panel.get_title("left")
-    boxes = [box.get_facecolor() for box in panel.patches]
+    boxes = panel.collections[0].get_facecolor()
     assert len(boxes) == len(TEXT)
     for token in range(1, len(TEXT)):
         red, _, blue, _ = boxes[token]
