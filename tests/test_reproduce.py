@@ -275,22 +275,12 @@ def test_the_time_left_follows_what_the_same_script_took(tmp_path):
 # all of it
 
 
-def cpu_seconds(*arguments):
-    """That Python needs for them."""
-    process = subprocess.Popen([sys.executable, *arguments])
-    _, status, used = os.wait4(process.pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
-    return used.ru_utime + used.ru_stime
-
-
 def test_the_whole_paper_on_next_to_nothing_at_the_scale_smoke(smoke):
     process, folder = smoke
     _, status, used = os.wait4(process.pid, 0)
     output = (folder / "stdout").read_text()
     assert os.waitstatus_to_exitcode(status) == 0, (folder / "stderr").read_text()
-    # seconds; where PyTorch takes longer to start than 2.2 of them, as much longer
-    slower = max(1, min(cpu_seconds("-c", "import torch") for _ in range(3)) / 2.2)
-    assert used.ru_utime + used.ru_stime < 90 * slower
+    assert used.ru_utime + used.ru_stime < 90  # CPU seconds
 
     names = {"run", "summary", "ablations", "circuits", "tasks", "substitute-induction"}
     results = folder / "results" / "smoke"
