@@ -12,9 +12,10 @@ IMPORTS = {
     "metrics": "",
     "curves": "",
     "heads": "safety",
-    "vocabulary": "safety corpora",  # the latter for its own command line alone
+    "documents": "safety",
+    "vocabulary": "safety documents",
     "data": "safety",
-    "corpora": "safety data vocabulary",
+    "corpora": "safety data documents vocabulary",
     "kernels": "",
     "model": "safety kernels",
     "snapshots": "safety model",
