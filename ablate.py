@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-import evaluate
+import inputs
 import machine
 import metrics
 import substitute
@@ -33,6 +33,7 @@ from heads import CLASSES, PREFIX_MATCHING, name_of, pick_heads
 from measure import N_CTX
 from parallel import Ranks
 from plots.analysis import positive_share
+from progress import Countdown
 from records import difference, read_records, write_records
 from safety import ArgumentParser, BadInput, check_out, one_line_errors, read_json, write_json
 
@@ -44,7 +45,7 @@ def main(argv=None):
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("path", type=Path, help="the folder of a run, or one snapshot")
-    evaluate.add_flags(add)
+    inputs.add_flags(add)
     add(
         "--heads",
         metavar="SET",
@@ -60,7 +61,7 @@ def main(argv=None):
     add(
         "--no-bands", action="store_true", help="score positions 50, 500 and one more alone: faster"
     )
-    evaluate.add_snapshots_flag(add, SNAPSHOTS)
+    inputs.add_snapshots_flag(add, SNAPSHOTS)
     add(
         "--substitute",
         choices=substitute.PATTERNS,
@@ -95,7 +96,7 @@ def check_flags(args):
         )
     if args.substitute and is_run:
         raise BadInput(f"--substitute takes one snapshot, and {args.path} is a folder")
-    evaluate.check_snapshots(args)
+    inputs.check_snapshots(args)
     check_out(args.out, ".json" if args.substitute else ".npz")
     beside = args.out and args.out.with_suffix(".json")
     check_out(beside, ".json")
@@ -107,7 +108,7 @@ def check_flags(args):
 def ablate_snapshot(args, ranks):
     setup = Ablations(args, ranks, args.path)
     model, about = setup.load(args.path)
-    record = setup.record(model, evaluate.Countdown(ranks.is_first, "examples"))
+    record = setup.record(model, Countdown(ranks.is_first, "examples"))
     if not ranks.is_first:
         return
     record = {"step": about["step"], "tokens": about["tokens"], **record}
@@ -119,7 +120,7 @@ def ablate_snapshot(args, ranks):
 
 
 def ablate_run(args, ranks):
-    paths, window = evaluate.choose_snapshots(args.path, args.snapshots or SNAPSHOTS)
+    paths, window = inputs.choose_snapshots(args.path, args.snapshots or SNAPSHOTS)
     setup = Ablations(args, ranks, paths[max(paths)])
     if window:
         setup.find_vector(*(paths[step] for step in window))
@@ -128,7 +129,7 @@ def ablate_run(args, ranks):
     records = take_up(setup, out, unfinished)
     done = {int(record["step"]) for record in records}
     left = [step for step in paths if step not in done]
-    progress = evaluate.Countdown(ranks.is_first, "snapshots")
+    progress = Countdown(ranks.is_first, "snapshots")
     for n, step in enumerate(left):
         model, about = setup.load(paths[step])
         record = setup.record(model, lambda part, whole, n=n: progress(n + part / whole, len(left)))
@@ -179,7 +180,7 @@ def substitution_table(setup, model, heads):
     )
     means = setup.means(model, ranks.share(measured[0]))
     sets = [[head] for head in heads] + [heads] * (len(heads) > 1)
-    progress = evaluate.Countdown(ranks.is_first, "sets of heads")
+    progress = Countdown(ranks.is_first, "sets of heads")
     table = []
     for some in sets:
         table.append(

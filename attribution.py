@@ -8,7 +8,7 @@ import hashlib
 import numpy as np
 import torch
 
-import evaluate
+import inputs
 import machine
 import metrics
 from heads import CLASSES, name_of, pick_heads
@@ -16,6 +16,7 @@ from measure import N_CTX, ROWS_AT_ONCE, draw_examples, gather_losses, head_scor
 from parallel import Cores
 from records import stack
 from safety import BadInput
+from summary import heads_table
 from sweep import ablation, mean_results, sweep
 
 # of a change of losses: the names of what metrics.py measures
@@ -36,12 +37,12 @@ class Ablations:
 
     def __init__(self, args, ranks, path):
         self.args, self.ranks, self.cores = args, ranks, Cores(args.device)
-        self.corpus = evaluate.corpus_of(args, path, ranks)
+        self.corpus = inputs.corpus_of(args, path, ranks)
         self.examples = draw_examples(self.corpus, args.examples).to(args.device)
         model, _ = self.load(path)
         with open(path, "rb") as file:  # up to 52 GB
             self.weights = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-        self.table = evaluate.heads_table(head_scores(model, self.examples, self.cores))
+        self.table = heads_table(head_scores(model, self.examples, self.cores))
         self.sets = name_sets(self.table, args.heads)
         # the bands, which hold the paper's two positions, and each example's own
         self.scored = [n + 1 for n in self.examples.scored[0, :-1].tolist()]
@@ -73,7 +74,7 @@ class Ablations:
         return machine.describe(args.device, self.cores, ranks.world, torch.float32, args.kernels)
 
     def load(self, path):
-        model, about = evaluate.load_fitting(path, self.corpus, self.args.kernels)
+        model, about = inputs.load_fitting(path, self.corpus, self.args.kernels)
         return model.to(self.args.device), about
 
     def find_vector(self, start, end):
@@ -160,7 +161,7 @@ class Ablations:
             parts += self.cores(of_chunk, *chunk)
             progress(sum(map(len, parts)), len(rows[0]))
         losses = gather_losses(parts, self.ranks).cpu().transpose(0, 1)
-        evaluate.check_losses(losses)
+        inputs.check_losses(losses)
         return losses
 
     def means(self, model, inputs):

@@ -34,23 +34,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import inputs
 import machine
 import metrics
-from evaluate import (
-    HEAD_SCORES,
-    Countdown,
-    add_corpus_flags,
-    add_snapshots_flag,
-    check_snapshots,
-    corpus_of,
-    load_fitting,
-    paths_of,
-)
-from heads import head_class, name_of
+from heads import HEAD_SCORES, head_class, name_of
 from measure import draw_examples, head_scores
 from model import layer_norm_divisor
 from parallel import Cores, Ranks
 from plots.analysis import pearson, spearman
+from progress import Countdown
 from safety import ArgumentParser, BadInput, check_out, one_line_errors, write_json
 
 
@@ -381,21 +373,21 @@ def main(argv=None):
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("path", type=Path, help="the folder of a run, or one snapshot")
-    add_corpus_flags(add)
-    add_snapshots_flag(add, "all")
+    inputs.add_corpus_flags(add)
+    inputs.add_snapshots_flag(add, "all")
     add("--out", type=Path, help="JSON file for the record (default: none)")
     args = parser.parse_args(argv)
-    check_snapshots(args)
+    inputs.check_snapshots(args)
     check_out(args.out, ".json")
     device = machine.pick_device(args.device)
-    is_run, paths = args.path.is_dir(), paths_of(args)
-    corpus = corpus_of(args, paths[0], Ranks(device))
+    is_run, paths = args.path.is_dir(), inputs.paths_of(args)
+    corpus = inputs.corpus_of(args, paths[0], Ranks(device))
     examples, cores = draw_examples(corpus, 2).to(device), Cores(device)
 
     record = {"corpus": corpus.name, "snapshots": []}
     snapshots, countdown = [], Countdown(True, "snapshots")
     for path in paths:
-        model, about = load_fitting(path, corpus)
+        model, about = inputs.load_fitting(path, corpus)
         snapshots.append(measure_circuits(model.to(device), examples, cores))
         heads = heads_table(snapshots[-1])
         record["snapshots"].append(

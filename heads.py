@@ -6,6 +6,7 @@ written layer:head. Its class is read off its scores (metrics.py). Needs no torc
 
 from safety import BadInput
 
+HEAD_SCORES = ("prefix_matching", "copying", "previous_token")
 # scores from where on a head is of a class; the paper names none, and in its scatter plots heads
 # are near 0 or above 0.5
 PREFIX_MATCHING, PREVIOUS_TOKEN = 0.4, 0.4

@@ -1,11 +1,15 @@
-"""What a run tells about itself: its header, its progress, where its time went."""
+"""What scripts tell while they work: what is about to be trained, how far they are, where the time
+went.
+"""
 
 import contextlib
 import time
 
-import evaluate
 from measure import N_CTX
 from model import count_parameters
+from summary import find_phase_change, one_line
+
+PROGRESS_SECONDS = 15  # from one line of progress to the next
 
 
 class Clock:
@@ -29,6 +33,22 @@ class Clock:
         self.started = time.time() - self.spent.pop("total")
 
 
+class Countdown:
+    """Of long work: now and then a line with how much is done, and how long the rest will take."""
+
+    def __init__(self, says, what):
+        self.says, self.what = says, what
+        self.started = self.shown = time.time()
+
+    def __call__(self, done, total, more=""):
+        now = time.time()
+        if self.says and done < total and now - self.shown > PROGRESS_SECONDS:
+            minutes, seconds = divmod(round((now - self.started) / done * (total - done)), 60)
+            left = f"{minutes}:{seconds:02d} left"
+            print(f"{round(done, 1):,} of {total:,} {self.what}  {left}{more}", flush=True)
+            self.shown = now
+
+
 class Progress:
     """A line every fifteen seconds, and one when the phase change has come."""
 
@@ -42,7 +62,7 @@ class Progress:
     def after_step(self, step, tokens, loss):
         self.losses.append(loss)
         now = time.time()
-        if now - self.shown_at < evaluate.PROGRESS_SECONDS and step < self.n_steps:
+        if now - self.shown_at < PROGRESS_SECONDS and step < self.n_steps:
             return
         minutes, seconds = divmod(
             round((now - self.started) / (step - self.first_step) * (self.n_steps - step)), 60
@@ -51,7 +71,7 @@ class Progress:
         loss = sum(self.losses) / len(self.losses)
         self.say(
             f"step {step:>{len(str(self.n_steps))}}  {tokens / 1e6:.2f}M tokens  loss {loss:.3f}"
-            f"  {evaluate.one_line(self.records[-1])}"
+            f"  {one_line(self.records[-1])}"
             f"  {speed / 1000:,.1f}k tokens/s  {minutes}:{seconds:02d} left"
         )
         self.shown_at, self.shown_step, self.losses = now, step, []
@@ -59,7 +79,7 @@ class Progress:
     def after_snapshot(self):
         # curves.phase_change leaves out the first 2 % of training, too: of that up to now
         records = [record for record in self.records if record["step"] >= self.n_steps / 50]
-        change = records and evaluate.find_phase_change(records)
+        change = records and find_phase_change(records)
         # four snapshots later the smoothed score no longer changes
         if change and not self.announced and change[1] < len(records) - 5:
             start, end = (records[n] for n in change)
@@ -67,7 +87,7 @@ class Progress:
             self.say(
                 f"the phase change has come, from {start['tokens'] / 1e6:.2f}M to"
                 f" {end['tokens'] / 1e6:.2f}M tokens:\n"
-                f"  before  {evaluate.one_line(start)}\n  after   {evaluate.one_line(end)}"
+                f"  before  {one_line(start)}\n  after   {one_line(end)}"
             )
 
 

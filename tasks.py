@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 import machine
-from evaluate import add_corpus_flags, check_losses, corpus_of, load_fitting
 from heads import head_named, name_of
+from inputs import add_corpus_flags, check_losses, corpus_of, load_fitting
 from measure import logit_effect
 from model import layer_norm_divisor
 from parallel import Ranks

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 
-import evaluate
 import machine
 from corpora import open_corpus
 from data import training_batch
@@ -34,6 +33,7 @@ from progress import Clock, Progress, header
 from records import RunFolder
 from safety import ArgumentParser, BadInput, one_line_errors
 from snapshots import load_snapshot
+from summary import conclusion, summarise, window_by_hand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -414,12 +414,12 @@ def train(args, ranks, dtype):
         **shown,
     }
     run.write_summary(summary)
-    say(evaluate.conclusion(summary))
+    say(conclusion(summary))
     say(f"{summary['seconds']:.0f} s, {summary['tokens_per_second']:,} tokens/s -> {folder}")
 
 
 def what_it_shows(run, examples, kernels, dtype, cores, ranks):
-    """`evaluate.summarise` of a finished run, its telling snapshots measured again on examples."""
+    """`summarise` of a finished run, its telling snapshots measured again on examples."""
     ranks.wait()  # until the first process has written the last snapshot
 
     def measure_again(index):
@@ -427,8 +427,8 @@ def what_it_shows(run, examples, kernels, dtype, cores, ranks):
         model, _ = load_snapshot(path, kernels=kernels, dtype=dtype)
         return measure(model.to(examples.inputs.device), examples, cores, ranks)
 
-    by_hand = evaluate.window_by_hand(run.read_summary(), run.records)
-    return evaluate.summarise(run.records, measure_again, by_hand)
+    by_hand = window_by_hand(run.read_summary(), run.records)
+    return summarise(run.records, measure_again, by_hand)
 
 
 def stop_if_not_finite(loss, run, step):

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import ablate
-import evaluate
 import measure
 import metrics
 import substitute
+import summary
 from attribution import Ablations, name_sets
 from model import ModelConfig, Transformer
 from records import read_records, write_records
@@ -257,7 +257,7 @@ def test_a_run_is_ablated_with_its_before_and_after_vector(run, command, corpus,
     out = capsys.readouterr().out
     records = read_records(run / "ablations.npz")
     measured = read_records(run / "measurements.npz")
-    window = [int(measured[n]["step"]) for n in evaluate.find_phase_change(measured)]
+    window = [int(measured[n]["step"]) for n in summary.find_phase_change(measured)]
     assert [int(r["step"]) for r in records] == sorted({0, 120, 240, *window})
     assert json.loads((run / "ablations.json").read_text())["answer"] in out
     since = [record for record in records if record["step"] >= window[0]]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-import evaluate
 import measure
+import summary
 from parallel import Cores
 from tests.circuits_by_hand import N_TOKENS, induction_circuit, smeared_induction_circuit
 
@@ -35,7 +35,7 @@ def test_the_induction_circuit_scores_what_its_heads_do(examples):
     # and nothing else does any of it
     assert scores["prefix_matching"].flatten()[:3].max() < 0.05
     assert scores["previous_token"].flatten()[1:].max() < 0.05
-    classes = [row["class"] for row in evaluate.heads_table(numpy_record(scores))]
+    classes = [row["class"] for row in summary.heads_table(numpy_record(scores))]
     assert classes == ["previous token", "other", "other", "induction"]
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-import machine
 import measure
 import metrics
+from heads import HEAD_SCORES
 from kernels.attention import attention_and_lse, head_mass
 from kernels.cross_entropy import linear_cross_entropy
 from model import Transformer, config_for
@@ -21,10 +20,11 @@ from parallel import Cores, Ranks
 from records import read_records, write_records
 from safety import BadInput, write_json
 from snapshots import load_snapshot, save_snapshot
+from tests.test_summary import make_records
 from vocabulary import PYTHON_1024
 
 CPU = torch.device("cpu")
-HEADS = evaluate.HEAD_SCORES
+HEADS = HEAD_SCORES
 
 
 @pytest.fixture(scope="module")
@@ -198,146 +198,9 @@ def test_copying_score_of_the_model_by_brute_force(model, examples, record):
             )
 
 
-# what is drawn from records
-
-
-CHANGE = 1 / (1 + np.exp(-(np.arange(101) - 60) / 4))  # of 101 snapshots
-
-
-def touch_snapshots(folder):
-    (folder / "snapshots").mkdir()
-    for n in range(101):
-        (folder / "snapshots" / f"step_{10 * n:07d}.pt").touch()
-
-
-def make_records(icl, prefix):
-    heads = np.zeros((2, 2), np.float32)
-    records = []
-    for n, (score, best) in enumerate(zip(icl, prefix, strict=True)):
-        matching = heads.copy()
-        matching[1, 0] = best
-        records.append(
-            {
-                "step": 10 * n, "tokens": 1000 * n, "loss": 3.0, "per_token_loss": np.zeros(9),
-                "icl_score": score, "icl_score_error": 0.01,
-                "icl_band_score": score, "icl_band_score_error": 0.01,
-                "prefix_matching": matching, "previous_token": heads + 0.3, "copying": heads + 0.5,
-            }
-        )  # fmt: skip
-    return records
-
-
-def test_a_summary_tells_where_the_phase_change_is():
-    records = make_records(-0.05 - 0.4 * CHANGE, 0.03 + 0.7 * CHANGE)
-    asked = []
-
-    def measure_again(index):
-        asked.append(index)
-        return records[index]
-
-    summary = evaluate.summarise(records, measure_again)
-    window = summary["phase_change"]
-    assert 470 <= window["start_step"] <= 510 and 690 <= window["end_step"] <= 730
-    assert window["start_tokens"] == 100 * window["start_step"]
-    assert window["icl_half_way_snapshot"] == window["prefix_matching_half_way_snapshot"]
-    assert asked == [100, window["start_step"] // 10, window["end_step"] // 10]
-    assert summary["icl_before"] == pytest.approx(-0.07, abs=0.02)
-    assert summary["icl_after"] == pytest.approx(-0.43, abs=0.02)
-    assert summary["best_prefix_matching"] == {
-        "head": "1:0",
-        "score": pytest.approx(0.73, abs=1e-3),
-    }
-    assert summary["heads"][2]["class"] == "induction"
-    assert "phase change from" in evaluate.conclusion(summary)
-
-
-def test_every_number_of_a_summary_is_of_its_snapshot_and_its_score():
-    """The change is in the score between bands alone; what is measured again tells its index."""
-    records = make_records(-0.4 * CHANGE, 0.7 * CHANGE)
-    for record in records:
-        record["icl_score"] = -0.4 * float(record["step"] > 100)
-
-    def measure_again(index):
-        names = ("icl_score", "icl_score_error", "icl_band_score", "icl_band_score_error")
-        told = {name: index + n / 10 for n, name in enumerate(names)}
-        heads = {name: np.eye(2) * index / 1000 + n / 10 for n, name in enumerate(HEADS)}
-        return {"loss": index, "per_token_loss": np.zeros(7), **told, **heads}
-
-    summary = evaluate.summarise(records, measure_again)
-    change = summary["phase_change"]
-    places = change["start_step"] // 10, change["end_step"] // 10, 100
-    assert 47 <= places[0] <= 51 and change["icl_half_way_snapshot"] == 60
-    for when, index in zip(("before", "after", "score"), places, strict=True):
-        assert summary[f"icl_{when}"] == index and summary[f"icl_{when}_error"] == index + 0.1
-        assert summary[f"icl_band_{when}"] == index + 0.2
-        assert summary[f"icl_band_{when}_error"] == index + 0.3
-        matching = summary["best_prefix_matching" + f"_{when}" * (when != "score")]
-        assert matching["score"] == pytest.approx(index / 1000)
-    assert summary["best_previous_token"]["score"] == pytest.approx(0.3)  # of all alike
-    line = evaluate.conclusion(summary)
-    assert f"between bands {places[0] + 0.2:+.2f} -> {places[1] + 0.2:+.2f}" in line
-    assert "at the end +100.20 +- 100.30 (token 500 minus token 50 +100.00 +- 100.10)" in line
-
-
-def test_the_best_head_is_half_way_on_its_own_way():
-    """Another matches half of all prefixes from the start: the best goes from 0.5 to 0.73."""
-    records = make_records(-0.4 * CHANGE, 0.03 + 0.7 * CHANGE)
-    for record in records:
-        record["prefix_matching"][0, 1] = 0.5
-    window = evaluate.summarise(records, records.__getitem__)["phase_change"]
-    assert window["icl_half_way_snapshot"] == 60
-    assert window["prefix_matching_half_way_snapshot"] == 67  # the logistic passes 0.84 at 66.5
-
-
-def test_a_summary_without_a_phase_change_says_so():
-    summary = evaluate.summarise(
-        records := make_records(np.full(50, -0.1), np.full(50, 0.03)), records.__getitem__
-    )
-    assert summary["phase_change"] is None and summary["icl_before"] is None
-    assert evaluate.conclusion(summary).startswith("no phase change")
-
-
-def test_chosen_snapshots_are_even_with_those_of_the_phase_change(tmp_path):
-    write_records(tmp_path / "measurements.npz", make_records(-0.4 * CHANGE, 0.7 * CHANGE))
-    touch_snapshots(tmp_path)
-    paths, window = evaluate.choose_snapshots(tmp_path, 5)
-    assert 470 <= window[0] <= 510 and 690 <= window[1] <= 730
-    assert list(paths) == sorted({0, 250, 500, 750, 1000, *window})
-    assert all(path.name == f"step_{step:07d}.pt" for step, path in paths.items())
-    assert len(evaluate.choose_snapshots(tmp_path, 1000)[0]) == 101
-    write_records(tmp_path / "measurements.npz", make_records(0 * CHANGE, 0 * CHANGE))
-    paths, window = evaluate.choose_snapshots(tmp_path, 3)
-    assert list(paths) == [0, 500, 1000] and window == ()
-    (tmp_path / "measurements.npz").unlink()
-    with pytest.raises(BadInput, match="not measured yet"):
-        evaluate.choose_snapshots(tmp_path, 3)
-
-
-def test_the_summary_tells_where_the_phase_change_is(tmp_path):
-    """Not the records, once training is finished: somebody may have set it by hand."""
-    records = make_records(-0.4 * CHANGE, 0.7 * CHANGE)
-    touch_snapshots(tmp_path)
-    write_records(tmp_path / "measurements.npz", records)
-    found = evaluate.choose_snapshots(tmp_path, 2)[1]
-    summary = evaluate.summarise(records, records.__getitem__, (30, 80))
-    assert "phase change, set by hand, from 0.03M to 0.08M" in evaluate.conclusion(summary)
-    assert summary["icl_band_before"] == pytest.approx(records[30]["icl_band_score"])
-    assert summary["icl_band_after"] == pytest.approx(records[80]["icl_band_score"])
-    write_json(tmp_path / "summary.json", summary)
-    assert evaluate.choose_snapshots(tmp_path, 2)[1] == (300, 800)
-    (tmp_path / "snapshots" / "step_0000300.pt").unlink()  # what is not there cannot be ablated
-    assert evaluate.choose_snapshots(tmp_path, 2)[1] == found
-    write_json(tmp_path / "summary.json", summary | {"phase_change": None})
-    assert evaluate.choose_snapshots(tmp_path, 2)[1] == ()
-
-
-def test_records_come_back_exactly(tmp_path):
-    noise = np.random.default_rng(0).normal(size=(3, 2, 5))
-    records = [{"step": n, "a": row, "b": np.float32(row)} for n, row in enumerate(noise)]
-    write_records(tmp_path / "a.npz", records)
-    for record, found in zip(records, read_records(tmp_path / "a.npz"), strict=True):
-        assert all(np.array_equal(record[name], found[name]) for name in record)
-        assert found["b"].dtype == np.float32
+def test_examples_need_a_spread():
+    with pytest.raises(BadInput):
+        measure.draw_examples(None, 1)
 
 
 # the command line
@@ -530,83 +393,3 @@ def test_a_vocabulary_of_another_size_is_refused(run, text_file, tmp_path, capsy
     save_snapshot(tmp_path / "small.pt", model, 0, 0, origin)
     assert "a vocabulary of 500" in refused(capsys, command(tmp_path / "small.pt", text_file))
     assert load_snapshot(tmp_path / "small.pt")[1]["corpus"] == origin
-
-
-@pytest.mark.parametrize(
-    ("capability", "hip", "installed", "kernels", "dtype"),
-    [
-        ((9, 0), None, True, "triton", torch.bfloat16),
-        ((8, 0), None, True, "triton", torch.bfloat16),
-        ((7, 5), None, True, "torch", torch.float32),  # Turing: nothing for bfloat16
-        ((9, 0), None, False, "torch", torch.bfloat16),  # Windows has no Triton
-        ((9, 4), "7.0", True, "torch", torch.bfloat16),  # AMD
-    ],
-)
-def test_kernels_and_dtype_are_what_the_gpu_has(
-    monkeypatch, capability, hip, installed, kernels, dtype
-):
-    gpu = torch.device("cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: installed or None)
-    assert machine.pick_kernels(None, gpu) == kernels
-    assert machine.pick_kernels("reference", gpu) == "reference"
-    assert machine.pick_dtype(None, gpu) == dtype
-    assert machine.pick_dtype("float32", gpu) == torch.float32
-    if dtype == torch.float32:
-        with pytest.raises(BadInput, match="no matrix instructions"):
-            machine.pick_dtype("bfloat16", gpu)
-    if kernels != "triton":
-        with pytest.raises(BadInput, match="8.0"):
-            machine.pick_kernels("triton", gpu)
-    assert machine.pick_kernels(None, torch.device("cpu")) == "torch"
-
-
-@pytest.mark.parametrize(
-    ("capabilities", "dtype"),
-    [
-        ({"amx_bf16": True}, torch.bfloat16),
-        ({"amx_bf16": False}, torch.float32),
-        ({}, torch.float32),
-    ],
-)
-def test_a_cpu_multiplies_in_bfloat16_if_it_has_amx(monkeypatch, capabilities, dtype):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert machine.pick_dtype(None, CPU) == dtype
-    assert machine.pick_dtype("float32", CPU) == torch.float32
-    if dtype == torch.float32:
-        with pytest.raises(BadInput, match="no matrix instructions"):
-            machine.pick_dtype("bfloat16", CPU)
-
-
-def test_products_are_in_bfloat16_within_and_in_float32_after():
-    a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
-    exact = a.double() @ b.double()
-    rounded = a.bfloat16().double() @ b.bfloat16().double()
-    with machine.multiplying_in(torch.bfloat16, CPU) as dtype:
-        assert dtype == torch.float32
-        within = a @ b
-        with machine.multiplying_in(torch.float32, CPU):
-            assert torch.allclose((a @ b).double(), exact, atol=1e-3)
-    assert within.dtype == torch.float32
-    if machine.has_amx():  # nothing but the factors is rounded
-        assert torch.allclose(within.double(), rounded, atol=1e-3)
-        assert not torch.allclose(rounded, exact, atol=1e-2)
-    assert torch.allclose((a @ b).double(), exact, atol=1e-3)
-    with pytest.raises(KeyError), machine.multiplying_in(torch.bfloat16, CPU):
-        raise KeyError
-    assert torch.allclose((a @ b).double(), exact, atol=1e-3)
-
-
-def test_examples_need_a_spread():
-    with pytest.raises(BadInput):
-        measure.draw_examples(None, 1)
-
-
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_jobs_of_unequal_size_come_back_in_their_order(count):
-    def job(n):
-        return lambda: time.sleep(0.01 * (n % 3)) or n
-
-    groups = [[job(n) for n in some] for some in (range(5), (), range(5, 7))]
-    assert Cores(CPU, count).run(*groups) == [[0, 1, 2, 3, 4], [], [5, 6]]

@@ -13,6 +13,7 @@ import ablate
 import circuits
 import evaluate
 import passage
+import progress
 import tasks
 import train
 from records import read_records
@@ -96,7 +97,7 @@ def test_training(runs):
 def test_the_same_is_said(runs, text_file, monkeypatch, capsys, main, flags):
     monkeypatch.chdir(runs)
     monkeypatch.setattr("substitute.FIT_EXAMPLES", 3)
-    monkeypatch.setattr(evaluate, "PROGRESS_SECONDS", 3600)  # on a busy machine one may be slow
+    monkeypatch.setattr(progress, "PROGRESS_SECONDS", 3600)  # on a busy machine one may be slow
     said = []
     for _ in on_both(main, flags, text_file):
         said.append(re.sub("cpu|cuda", "DEVICE", capsys.readouterr().out))
