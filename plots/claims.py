@@ -21,7 +21,7 @@ import numpy as np
 
 from curves import half_way_tokens, nearest
 from heads import name_of
-from plots import analysis, trajectories
+from plots import analysis, pca
 from plots.checks import (
     NONE,
     Check,
@@ -209,8 +209,8 @@ def context_beyond_fifty(runs):
 )
 def training_turns(runs):
     usual, second = evaluated(small(runs)), evaluated(small(runs, "second corpus"))
-    second = [run for run in second if trajectories.is_plain(run) and not run.window]
-    pivots = trajectories.pivots(usual + second)
+    second = [run for run in second if pca.is_plain(run) and not run.window]
+    pivots = pca.pivots(usual + second)
     if not pivots:
         return
     deeper = [run for run in usual if run.n_layers > 1]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from heads import head_named, name_of
-from plots import style, trajectories
+from plots import pca, style, trajectories
 from plots.context import fitted_lines
 from plots.style import plt
 
@@ -28,8 +28,8 @@ class Shown:
 
     @functools.cached_property
     def planes(self):
-        groups = trajectories.by_examples(self.in_plane)
-        return {run.folder: trajectories.joint_pca(group) for group in groups for run in group}
+        groups = pca.by_examples(self.in_plane)
+        return {run.folder: pca.joint_pca(group) for group in groups for run in group}
 
     def one_layer_like(self, run):
         """The plain one-layer model, other than this one, trained on the same corpus."""

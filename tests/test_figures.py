@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from plots import ablations, analysis_table, context, smear, style, trajectories
+from plots import ablations, analysis_table, context, pca, smear, style, trajectories
 from plots.runs import load_run
 from tests.test_plots import make_run, panels_of
 
@@ -91,7 +91,7 @@ def embed(points, n_tokens=60, seed=1):
 def test_the_plane_of_a_flat_path_is_recovered():
     points = np.random.default_rng(0).normal(size=(30, 2)) * (5, 2)
     losses, axes = embed(points)
-    plane = trajectories.principal_plane(losses)
+    plane = pca.principal_plane(losses)
     assert plane.explained.sum() == pytest.approx(1)
     assert plane.axes.T @ plane.axes == pytest.approx(np.eye(2), abs=1e-9)
     assert plane.axes @ plane.axes.T == pytest.approx(axes @ axes.T, abs=1e-9)
@@ -104,7 +104,7 @@ def test_the_plane_of_a_flat_path_is_recovered():
 
 def test_the_plane_is_that_of_a_singular_value_decomposition():
     losses = np.random.default_rng(2).normal(size=(40, 25)) * np.linspace(3, 1, 25)
-    plane = trajectories.principal_plane(losses)
+    plane = pca.principal_plane(losses)
     _, values, vectors = np.linalg.svd(losses - losses.mean(axis=0))
     assert np.abs(np.sum(plane.axes * vectors[:2].T, axis=0)) == pytest.approx(1)
     assert plane.explained == pytest.approx(values[:2] ** 2 / (values**2).sum())
@@ -115,7 +115,7 @@ def test_the_plane_is_that_of_a_singular_value_decomposition():
 def test_a_straight_path_has_no_second_axis(n_snapshots):
     points = np.linspace((0, 0), (3, 4), n_snapshots)
     losses, _ = embed(points)
-    plane = trajectories.principal_plane(losses)
+    plane = pca.principal_plane(losses)
     assert plane.explained == pytest.approx([1, 0]) and not plane.axes[:, 1].any()
     assert plane.project(losses)[:, 0] == pytest.approx(np.linspace(-2.5, 2.5, n_snapshots))
 
@@ -127,14 +127,14 @@ def test_the_pivot_angle_of_a_path_of_two_straight_lines(direction, angle):
     losses, _ = embed(points)
     back = float(np.degrees(np.arctan2(3, 3 - points[15][0])))  # to the last point, (3, 3)
     for path in points, losses:
-        within, after = trajectories.pivot_angles(path, np.arange(17), (10, 15))
+        within, after = pca.pivot_angles(path, np.arange(17), (10, 15))
         assert within == pytest.approx(angle, abs=1e-4)
         if direction[1] == 0:  # the window ends on the first line
             assert after == pytest.approx(back, abs=1e-4)
 
 
 def test_a_path_that_stands_still_has_no_pivot_angle():
-    assert np.isnan(trajectories.pivot_angles(np.ones((9, 3)), np.arange(9), (3, 6))).all()
+    assert np.isnan(pca.pivot_angles(np.ones((9, 3)), np.arange(9), (3, 6))).all()
 
 
 def path_run(folder, points, n_layers=2, change=CHANGE, n_tokens=60, **more):
@@ -165,13 +165,13 @@ def test_pivots_of_runs_with_and_without_a_window(tmp_path):
         path_run(tmp_path / "1L", straight(), n_layers=1, change=None),
         path_run(tmp_path / "2L", turning()),
     ]
-    found = trajectories.pivots(runs)
+    found = pca.pivots(runs)
     assert found["2L"].own_window and not found["1L"].own_window
     assert found["1L"].window == found["2L"].window == (1.0, 2.0)
     for angle in "within", "after":
         assert getattr(found["2L"], angle) == pytest.approx(90, abs=1e-3)
         assert getattr(found["1L"], angle) == pytest.approx(0, abs=1e-3)
-    assert trajectories.pivots(runs[:1]) == {}
+    assert pca.pivots(runs[:1]) == {}
 
 
 def test_a_run_without_a_window_is_judged_in_the_median_of_the_others(tmp_path):
@@ -180,7 +180,7 @@ def test_a_run_without_a_window_is_judged_in_the_median_of_the_others(tmp_path):
     for n, span in enumerate(spans):
         change = dict(zip(CHANGE, (edge * 100_000 for edge in span), strict=True))
         runs.append(path_run(tmp_path / f"2L-{n}", turning(), change=change))
-    found = trajectories.pivots(runs)
+    found = pca.pivots(runs)
     windows = [(1.2, 2.2)] + [(start / 10, end / 10) for start, end in spans]
     assert [found[run.name].window for run in runs] == [pytest.approx(w) for w in windows]
     risen = np.degrees(np.arctan2(10, 9))  # from (1, 0) to (10, 10) before its window
@@ -190,16 +190,16 @@ def test_a_run_without_a_window_is_judged_in_the_median_of_the_others(tmp_path):
 def test_the_untrained_and_the_smeared_do_not_shape_the_plane(tmp_path):
     plain = path_run(tmp_path / "2L", turning())
     smeared = path_run(tmp_path / "2L-smear", 100 * turning()[::-1], smear=True)
-    alone, joint = trajectories.joint_pca([plain]), trajectories.joint_pca([plain, smeared])
+    alone, joint = pca.joint_pca([plain]), pca.joint_pca([plain, smeared])
     assert np.array_equal(alone.axes, joint.axes)
     assert joint.explained.sum() == pytest.approx(1)
-    assert trajectories.joint_pca([smeared]).explained.sum() == pytest.approx(1)
+    assert pca.joint_pca([smeared]).explained.sum() == pytest.approx(1)
 
 
 def test_runs_measured_on_fewer_examples_share_the_common_ones(tmp_path):
     runs = [path_run(tmp_path / "a", turning()), path_run(tmp_path / "b", turning(), n_tokens=40)]
-    plane = trajectories.joint_pca(runs)
-    paths = [plane.project(trajectories.losses_through_training(run)[1]) for run in runs]
+    plane = pca.joint_pca(runs)
+    paths = [plane.project(pca.losses_through_training(run)[1]) for run in runs]
     assert len(plane.centre) == 40 and np.array_equal(*paths)
 
 
@@ -209,8 +209,8 @@ def test_a_second_corpus_has_a_plane_of_its_own(tmp_path):
     figure = trajectories.draw([first, second])
     paths = [ax.get_lines()[-3].get_xydata() for ax in figure.axes]
     for path, run in zip(paths, (first, second), strict=True):
-        own = trajectories.joint_pca([run])
-        assert np.array_equal(path, own.project(trajectories.losses_through_training(run)[1]))
+        own = pca.joint_pca([run])
+        assert np.array_equal(path, own.project(pca.losses_through_training(run)[1]))
     assert "second corpus" in figure.axes[1].get_title()
     style.plt.close(figure)
 
@@ -220,8 +220,8 @@ def test_other_runs_share_the_plane_of_paths(tmp_path):
     figure = trajectories.draw([one], plane=[one.folder, two.folder])
     (ax,) = figure.axes
     path = ax.get_lines()[-3].get_xydata()
-    plane = trajectories.joint_pca([one, two])
-    assert np.array_equal(path, plane.project(trajectories.losses_through_training(one)[1]))
+    plane = pca.joint_pca([one, two])
+    assert np.array_equal(path, plane.project(pca.losses_through_training(one)[1]))
     style.plt.close(figure)
 
 
@@ -295,8 +295,8 @@ def test_other_runs_take_part_in_the_plane_unseen(tmp_path):
     other = path_run(tmp_path / "3L", 5 * turning()[:, ::-1], n_layers=3)
     figure = analysis_table.draw([drawn], rows="R1", plane=[other.folder])
     path = panels_of(figure, 1, 1)[0, 0].get_lines()[1].get_xydata()
-    plane = trajectories.joint_pca([drawn, other])
-    assert np.array_equal(path, plane.project(trajectories.losses_through_training(drawn)[1]))
+    plane = pca.joint_pca([drawn, other])
+    assert np.array_equal(path, plane.project(pca.losses_through_training(drawn)[1]))
     style.plt.close(figure)
 
 
