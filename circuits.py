@@ -375,12 +375,14 @@ def main(argv=None):
     add("path", type=Path, help="the folder of a run, or one snapshot")
     inputs.add_corpus_flags(add)
     inputs.add_snapshots_flag(add, "all")
-    add("--out", type=Path, help="JSON file for the record (default: none)")
+    out_help = "JSON file for the record (default: circuits.json of a run, none of a snapshot)"
+    add("--out", type=Path, help=out_help)
     args = parser.parse_args(argv)
     inputs.check_snapshots(args)
-    check_out(args.out, ".json")
-    device = machine.pick_device(args.device)
-    is_run, paths = args.path.is_dir(), inputs.paths_of(args)
+    is_run = args.path.is_dir()
+    out = args.out or (args.path / "circuits.json" if is_run else None)
+    check_out(out, ".json")
+    device, paths = machine.pick_device(args.device), inputs.paths_of(args)
     corpus = inputs.corpus_of(args, paths[0], Ranks(device))
     examples, cores = draw_examples(corpus, 2).to(device), Cores(device)
 
@@ -411,9 +413,9 @@ def main(argv=None):
         print_correlations(over, record["correlations"])
         print_correlations("heads of the last snapshot", record["correlations_at_the_end"])
     print(record["conclusion"])
-    if args.out:
-        write_json(args.out, record)
-        print(f"-> {args.out}")
+    if out:
+        write_json(out, record)
+        print(f"-> {out}")
 
 
 if __name__ == "__main__":

@@ -242,9 +242,9 @@ def measurements(args, scale, chosen):
         yield Step(f"ablate.py {run} {how} {flags}", records, seconds)
 
     for run, flags, model in each(opened):
-        out = run / "circuits.json"
-        command = f"circuits.py {run} --snapshots {scale.snapshots} --out {out} {flags}"
-        yield Step(command, (out,), 5 + 0.2 * scale.snapshots * model.layers)
+        command = f"circuits.py {run} --snapshots {scale.snapshots} {flags}"
+        seconds = 5 + 0.2 * scale.snapshots * model.layers
+        yield Step(command, (run / "circuits.json",), seconds)
 
     steps = scale.tokens // scale.tokens_per_step
     for run, flags, _ in each(opened):

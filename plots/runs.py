@@ -23,6 +23,16 @@ import numpy as np
 from heads import head_named
 from safety import BadInput, read_arrays, read_json, read_snapshots
 
+# which script writes what; substitute-RULE.json is the only other file
+WRITERS = {
+    "run.json": "train.py",
+    "summary.json": "train.py",
+    "measurements.npz": "train.py",
+    "ablations.npz": "ablate.py RUN",
+    "circuits.json": "circuits.py RUN",
+    "tasks.json": "tasks.py SNAPSHOT --out RUN/tasks.json",
+    "passage.npz": "passage.py RUN",
+}
 # what a run of each scale has unless its flags say otherwise: others belong to the width sweep
 WIDTHS = {"mini": 128, "small": 768, "paper": 768}
 
@@ -172,7 +182,8 @@ def load_all(folder):
 def existing(path):
     """path; BadInput if there is no such file."""
     if not path.exists():
-        raise BadInput(f"{path} is missing; plots/runs.py tells which script writes it")
+        script = WRITERS.get(path.name, "ablate.py SNAPSHOT --substitute RULE --out FILE")
+        raise BadInput(f"{path} is missing: python {script} writes it")
     return path
 
 

@@ -369,9 +369,9 @@ def command(text_file):
     return build
 
 
-def test_a_run_is_read_snapshot_by_snapshot(run, command, tmp_path, capsys):
-    assert circuits.main(command(run, "--out", "record.json")) == 0
-    record = json.loads((tmp_path / "record.json").read_text())
+def test_a_run_is_read_snapshot_by_snapshot(run, command, capsys):
+    assert circuits.main(command(run)) == 0
+    record = json.loads((run / "circuits.json").read_text())
     assert [snapshot["step"] for snapshot in record["snapshots"]] == [0, 5]
     heads = record["snapshots"][1]["heads"]
     assert [row["head"] for row in heads] == ["0:0", "0:1", "1:0", "1:1"]
@@ -392,12 +392,14 @@ def test_some_snapshots_of_a_run_are_read(run, command, tmp_path, capsys):
     assert circuits.main(command(run, "--snapshots", "2", "--out", "record.json")) == 0
     record = json.loads((tmp_path / "record.json").read_text())
     assert [snapshot["step"] for snapshot in record["snapshots"]] == [0, 5]
+    assert not (run / "circuits.json").exists()
 
 
 def test_a_single_layer_has_no_composition(run, command, tmp_path, capsys):
     assert circuits.main(command(tmp_path / "one.pt")) == 0
     output = capsys.readouterr().out
     assert "composition: N/A" in output and "Pearson" not in output
+    assert not list(tmp_path.glob("*.json"))  # a snapshot's are written where --out says
 
 
 def test_bad_input_is_one_line(run, command, tmp_path, capsys):

@@ -267,4 +267,6 @@ def test_scripts(folder, tmp_path, capsys, monkeypatch):
     assert passage.main([str(folder), "--out", str(out)]) == 2
     assert token_views.main([str(folder), "--view", "patterns", "--out", str(out)]) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 2 and all("is missing" in error for error in errors)
+    assert len(errors) == 2
+    assert errors[0].endswith("passage.npz is missing: python passage.py RUN writes it")
+    assert "tasks.json is missing: python tasks.py SNAPSHOT --out RUN/tasks.json" in errors[1]
