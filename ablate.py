@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-import inputs
+import loading
 import machine
 import metrics
 import substitute
@@ -45,7 +45,7 @@ def main(argv=None):
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("path", type=Path, help="the folder of a run, or one snapshot")
-    inputs.add_flags(add)
+    loading.add_flags(add)
     add(
         "--heads",
         metavar="SET",
@@ -61,7 +61,7 @@ def main(argv=None):
     add(
         "--no-bands", action="store_true", help="score positions 50, 500 and one more alone: faster"
     )
-    inputs.add_snapshots_flag(add, SNAPSHOTS)
+    loading.add_snapshots_flag(add, SNAPSHOTS)
     add(
         "--substitute",
         choices=substitute.PATTERNS,
@@ -96,7 +96,7 @@ def check_flags(args):
         )
     if args.substitute and is_run:
         raise BadInput(f"--substitute takes one snapshot, and {args.path} is a folder")
-    inputs.check_snapshots(args)
+    loading.check_snapshots(args)
     check_out(args.out, ".json" if args.substitute else ".npz")
     beside = args.out and args.out.with_suffix(".json")
     check_out(beside, ".json")
@@ -120,7 +120,7 @@ def ablate_snapshot(args, ranks):
 
 
 def ablate_run(args, ranks):
-    paths, window = inputs.choose_snapshots(args.path, args.snapshots or SNAPSHOTS)
+    paths, window = loading.choose_snapshots(args.path, args.snapshots or SNAPSHOTS)
     setup = Ablations(args, ranks, paths[max(paths)])
     if window:
         setup.find_vector(*(paths[step] for step in window))

@@ -8,7 +8,7 @@ import hashlib
 import numpy as np
 import torch
 
-import inputs
+import loading
 import machine
 import metrics
 from heads import CLASSES, name_of, pick_heads
@@ -37,7 +37,7 @@ class Ablations:
 
     def __init__(self, args, ranks, path):
         self.args, self.ranks, self.cores = args, ranks, Cores(args.device)
-        self.corpus = inputs.corpus_of(args, path, ranks)
+        self.corpus = loading.corpus_of(args, path, ranks)
         self.examples = draw_examples(self.corpus, args.examples).to(args.device)
         model, _ = self.load(path)
         with open(path, "rb") as file:  # up to 52 GB
@@ -74,7 +74,7 @@ class Ablations:
         return machine.describe(args.device, self.cores, ranks.world, torch.float32, args.kernels)
 
     def load(self, path):
-        model, about = inputs.load_fitting(path, self.corpus, self.args.kernels)
+        model, about = loading.load_fitting(path, self.corpus, self.args.kernels)
         return model.to(self.args.device), about
 
     def find_vector(self, start, end):
@@ -161,7 +161,7 @@ class Ablations:
             parts += self.cores(of_chunk, *chunk)
             progress(sum(map(len, parts)), len(rows[0]))
         losses = gather_losses(parts, self.ranks).cpu().transpose(0, 1)
-        inputs.check_losses(losses)
+        loading.check_losses(losses)
         return losses
 
     def means(self, model, inputs):

@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import inputs
+import loading
 import machine
 import metrics
 from heads import HEAD_SCORES, head_class, name_of
@@ -373,23 +373,23 @@ def main(argv=None):
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("path", type=Path, help="the folder of a run, or one snapshot")
-    inputs.add_corpus_flags(add)
-    inputs.add_snapshots_flag(add, "all")
+    loading.add_corpus_flags(add)
+    loading.add_snapshots_flag(add, "all")
     out_help = "JSON file for the record (default: circuits.json of a run, none of a snapshot)"
     add("--out", type=Path, help=out_help)
     args = parser.parse_args(argv)
-    inputs.check_snapshots(args)
+    loading.check_snapshots(args)
     is_run = args.path.is_dir()
     out = args.out or (args.path / "circuits.json" if is_run else None)
     check_out(out, ".json")
-    device, paths = machine.pick_device(args.device), inputs.paths_of(args)
-    corpus = inputs.corpus_of(args, paths[0], Ranks(device))
+    device, paths = machine.pick_device(args.device), loading.paths_of(args)
+    corpus = loading.corpus_of(args, paths[0], Ranks(device))
     examples, cores = draw_examples(corpus, 2).to(device), Cores(device)
 
     record = {"corpus": corpus.name, "snapshots": []}
     snapshots, countdown = [], Countdown(True, "snapshots")
     for path in paths:
-        model, about = inputs.load_fitting(path, corpus)
+        model, about = loading.load_fitting(path, corpus)
         snapshots.append(measure_circuits(model.to(device), examples, cores))
         heads = heads_table(snapshots[-1])
         record["snapshots"].append(

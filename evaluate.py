@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-import inputs
+import loading
 import machine
 import metrics
 from curves import nearest
@@ -41,8 +41,8 @@ def main(argv=None):
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("path", type=Path, help="the folder of a run, or one snapshot")
-    inputs.add_flags(add)
-    inputs.add_snapshots_flag(add, "all")
+    loading.add_flags(add)
+    loading.add_snapshots_flag(add, "all")
     add(
         "--window",
         type=float,
@@ -62,7 +62,7 @@ def main(argv=None):
         help="file for the records (default: evaluation.npz of a run, none of a snapshot)",
     )
     args = parser.parse_args(argv)
-    inputs.check_snapshots(args)
+    loading.check_snapshots(args)
     if args.window and (not args.path.is_dir() or args.snapshots or args.out):
         raise BadInput("--window needs the folder of a run, and neither --snapshots nor --out")
     if args.copying_variants and args.path.is_dir():
@@ -100,7 +100,7 @@ def evaluate_snapshot(args, ranks):
 def evaluate_run(args, ranks):
     out = args.out or args.path / "evaluation.npz"
     check_out(out, ".npz")
-    paths = inputs.paths_of(args)
+    paths = loading.paths_of(args)
     if ranks.is_first and out.exists():
         print(f"{out} will be replaced when all {len(paths)} snapshots are measured", flush=True)
     measure_file = prepare(args, paths[0], ranks)
@@ -131,7 +131,7 @@ def set_window(args, ranks):
     summary_path = args.path / "summary.json"
     if not summary_path.exists():
         raise BadInput(f"{summary_path} is missing: its training is not finished")
-    paths, records = inputs.measured_snapshots(args.path)
+    paths, records = loading.measured_snapshots(args.path)
     millions = np.array([record["tokens"] for record in records]) / 1e6
     start, end = args.window
     by_hand = [nearest(millions, edge) for edge in args.window]
@@ -151,15 +151,15 @@ def set_window(args, ranks):
 
 def prepare(args, snapshot, ranks):
     """Draws the examples; returns the function that measures a snapshot file."""
-    corpus = inputs.corpus_of(args, snapshot, ranks)
+    corpus = loading.corpus_of(args, snapshot, ranks)
     examples = draw_examples(corpus, args.examples).to(args.device)
     cores = Cores(args.device)
 
     def measure_file(path):
-        model, about = inputs.load_fitting(path, corpus, args.kernels)
+        model, about = loading.load_fitting(path, corpus, args.kernels)
         record = measure(model.to(args.device), examples, cores, ranks)
         for name in ("loss", "per_token_loss"):
-            inputs.check_losses(record[name], path)
+            loading.check_losses(record[name], path)
         if args.copying_variants:
             record |= copying_variants(model, examples)
         return {"step": about["step"], "tokens": about["tokens"], **record}

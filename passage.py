@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 import machine
-from inputs import add_corpus_flags, corpus_of, load_fitting, snapshots_of, step_of
+from loading import add_corpus_flags, corpus_of, load_fitting, snapshots_of, step_of
 from parallel import Ranks
 from records import stack
 from safety import ArgumentParser, BadInput, one_line_errors, read_json, write_arrays

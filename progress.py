@@ -33,6 +33,12 @@ class Clock:
         self.started = time.time() - self.spent.pop("total")
 
 
+def time_left(spent, done, total):
+    """What the rest will take at the pace so far; spent: seconds."""
+    minutes, seconds = divmod(round(spent / done * (total - done)), 60)
+    return f"{minutes}:{seconds:02d} left"
+
+
 class Countdown:
     """Of long work: now and then a line with how much is done, and how long the rest will take."""
 
@@ -43,8 +49,7 @@ class Countdown:
     def __call__(self, done, total, more=""):
         now = time.time()
         if self.says and done < total and now - self.shown > PROGRESS_SECONDS:
-            minutes, seconds = divmod(round((now - self.started) / done * (total - done)), 60)
-            left = f"{minutes}:{seconds:02d} left"
+            left = time_left(now - self.started, done, total)
             print(f"{round(done, 1):,} of {total:,} {self.what}  {left}{more}", flush=True)
             self.shown = now
 
@@ -64,15 +69,13 @@ class Progress:
         now = time.time()
         if now - self.shown_at < PROGRESS_SECONDS and step < self.n_steps:
             return
-        minutes, seconds = divmod(
-            round((now - self.started) / (step - self.first_step) * (self.n_steps - step)), 60
-        )
+        done, total = step - self.first_step, self.n_steps - self.first_step
         speed = tokens / step * (step - self.shown_step) / (now - self.shown_at)
         loss = sum(self.losses) / len(self.losses)
         self.say(
             f"step {step:>{len(str(self.n_steps))}}  {tokens / 1e6:.2f}M tokens  loss {loss:.3f}"
             f"  {one_line(self.records[-1])}"
-            f"  {speed / 1000:,.1f}k tokens/s  {minutes}:{seconds:02d} left"
+            f"  {speed / 1000:,.1f}k tokens/s  {time_left(now - self.started, done, total)}"
         )
         self.shown_at, self.shown_step, self.losses = now, step, []
 

@@ -25,7 +25,7 @@ import torch
 
 import machine
 from heads import head_named, name_of
-from inputs import add_corpus_flags, check_losses, corpus_of, load_fitting
+from loading import add_corpus_flags, check_losses, corpus_of, load_fitting
 from measure import logit_effect
 from model import layer_norm_divisor
 from parallel import Ranks

@@ -2,16 +2,17 @@
 
 A run's folder in runs/, or its copy in results/, holds
 
-    run.json, summary.json   what made it and what it shows (records.py)
+    run.json, summary.json   what made it and what it shows
     measurements.npz         every snapshot, as training measured it
-    evaluation.npz           all or some of them, on more examples (evaluate.py)
-    ablations.npz, .json     what each head causes (ablate.py)
-    circuits.json            what is read off the weights (circuits.py)
-    tasks.json               literal copying, translation, pattern matching (tasks.py)
-    passage.npz              a text through training (passage.py)
-    substitute-RULE.json     heads replaced by a rule (ablate.py --substitute RULE --out)
+    evaluation.npz           all or some of them, on more examples
+    ablations.npz, .json     what each head causes
+    circuits.json            what is read off the weights
+    tasks.json               literal copying, translation, pattern matching
+    passage.npz              a text through training
+    substitute-RULE.json     heads replaced by a rule
 
-The first two lines are there after training; of the others a figure says which it needs.
+The first two lines are there after training; of the others a figure says which it needs. WRITERS
+tells which script writes it.
 """
 
 import dataclasses
@@ -23,16 +24,17 @@ import numpy as np
 from heads import head_named
 from safety import BadInput, read_arrays, read_json, read_snapshots
 
-# which script writes what; substitute-RULE.json is the only other file
 WRITERS = {
     "run.json": "train.py",
     "summary.json": "train.py",
     "measurements.npz": "train.py",
+    "evaluation.npz": "evaluate.py RUN",
     "ablations.npz": "ablate.py RUN",
     "circuits.json": "circuits.py RUN",
     "tasks.json": "tasks.py SNAPSHOT --out RUN/tasks.json",
     "passage.npz": "passage.py RUN",
 }
+SUBSTITUTION = "ablate.py SNAPSHOT --substitute RULE --out RUN/substitute-RULE.json"
 # what a run of each scale has unless its flags say otherwise: others belong to the width sweep
 WIDTHS = {"mini": 128, "small": 768, "paper": 768}
 
@@ -182,7 +184,7 @@ def load_all(folder):
 def existing(path):
     """path; BadInput if there is no such file."""
     if not path.exists():
-        script = WRITERS.get(path.name, "ablate.py SNAPSHOT --substitute RULE --out FILE")
+        script = WRITERS.get(path.name, SUBSTITUTION)
         raise BadInput(f"{path} is missing: python {script} writes it")
     return path
 

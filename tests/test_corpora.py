@@ -13,10 +13,8 @@ from corpora import download_shard, fetch_fineweb, open_corpus
 from data import random_sequences, shard_header
 from documents import END_OF_TEXT, text_documents
 from safety import BadInput
+from tests.test_documents import THREE
 from vocabulary import PYTHON_1024, load_vocabulary
-
-THREE = f"first\n{END_OF_TEXT}\nsecond\nof two lines\n{END_OF_TEXT}\nthird\n"
-
 
 # text
 

@@ -23,16 +23,16 @@ IMPORTS = {
     "machine": "safety",
     "measure": "safety metrics data kernels",
     "summary": "curves heads metrics",
-    "inputs": "safety machine corpora snapshots records measure summary",
+    "loading": "safety machine corpora snapshots records measure summary",
     "progress": "model measure summary",
-    "evaluate": "safety curves machine parallel metrics records measure summary inputs progress",
-    "circuits": "plots safety heads machine parallel metrics model measure inputs progress",
-    "tasks": "safety heads machine parallel vocabulary model measure inputs",
-    "passage": "safety machine parallel vocabulary records inputs tasks",
+    "evaluate": "safety curves machine parallel metrics records measure summary loading progress",
+    "circuits": "plots safety heads machine parallel metrics model measure loading progress",
+    "tasks": "safety heads machine parallel vocabulary model measure loading",
+    "passage": "safety machine parallel vocabulary records loading tasks",
     "sweep": "model kernels",
     "substitute": "heads metrics measure sweep",
-    "attribution": "safety heads machine parallel metrics records measure summary inputs sweep",
-    "ablate": "plots safety heads machine parallel metrics data records measure inputs progress"
+    "attribution": "safety heads machine parallel metrics records measure summary loading sweep",
+    "ablate": "plots safety heads machine parallel metrics data records measure loading progress"
     " substitute attribution",
     "train": "progress safety machine parallel data corpora model snapshots records measure"
     " summary",
@@ -86,9 +86,9 @@ def test_every_command_of_the_readme_names_a_file_and_flags_that_exist():
     commands = re.findall(r"^(?:python|torchrun [-\w ]*?)\s*(\S+\.py)(.*)$", readme, re.MULTILINE)
     assert len(commands) >= 5
     figures = (ROOT / "plots" / "style.py").read_text()  # the flags that all of them have
-    shared = (ROOT / "inputs.py").read_text()  # those of everything that measures
+    shared = (ROOT / "loading.py").read_text()  # those of everything that measures
     for script, arguments in commands:
         source = (ROOT / script).read_text() + figures * script.startswith("plots/")
-        source += shared * ("inputs" in {*imported(ROOT / script)})
+        source += shared * ("loading" in {*imported(ROOT / script)})
         for flag in re.findall(r"--[a-z-]+", arguments):
             assert f'"{flag}"' in source, (script, flag)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from heads import HEAD_SCORES
-from inputs import choose_snapshots
+from loading import choose_snapshots
 from records import read_records, write_records
 from safety import BadInput, write_json
 from summary import conclusion, summarise

@@ -1,5 +1,5 @@
-"""What measuring scripts are given: their common flags, the snapshots of a run, the text that it
-was trained on, and models that can be measured on it.
+"""Finding and loading what scripts measure: the snapshots of a run, the text that it was trained
+on, models that can be measured on it, and the flags that say which.
 """
 
 import re
