@@ -384,10 +384,10 @@ def print_pattern_matching(found):
         " attention to labels of the same kind"
     )
     print_best(found["heads"])
-    best = found["heads"][0]
+    best = max(found["heads"], key=lambda row: row["attention"] - row["chance"])
     print(
-        f"    {best['head']} is {best['attention'] - best['chance']:+.3f}"
-        f" +- {best['above_chance_error']:.3f} above chance"
+        f"    furthest above chance is {best['head']},"
+        f" by {best['attention'] - best['chance']:.3f} +- {best['above_chance_error']:.3f}"
     )
 
 

@@ -291,3 +291,16 @@ def test_bad_input_is_one_line(snapshot, text_file, tmp_path, capsys):
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 4 and "nowhere.pt" in error[0] and "pass --data" in error[2]
     assert "losses that are not numbers" in error[3]
+
+
+def test_the_head_that_is_told_is_furthest_above_chance(capsys):
+    """Not the one that attends most to labels of whatever kind."""
+    row = {"logit": 0.0, "above_chance_error": 0.01}
+    heads = [
+        {"head": "1:3", "attention": 0.50, "chance": 0.45, **row},
+        {"head": "0:1", "attention": 0.30, "chance": 0.10, **row},
+        {"head": "0:0", "attention": 0.20, "chance": 0.25, **row},
+    ]
+    found = {"right_labels": 0.5, "right_labels_error": 0.1, "heads": heads}
+    tasks.print_pattern_matching(found)
+    assert "furthest above chance is 0:1, by 0.200 +- 0.010" in capsys.readouterr().out
