@@ -32,7 +32,8 @@ def claim_row(claim, runs, folder):
     checks = list(claim.judge(runs))
     picture, command = "", "python " + claim.command.format(runs=folder)
     if claim.figure:
-        picture = f"[{claim.figure}]({folder}/figures/{claim.figure}.png)"
+        drawn = folder / "figures" / f"{claim.figure}.png"
+        picture = f"[{claim.figure}]({drawn})" if drawn.exists() else ""
         command += f" --out {claim.figure}.png"
     return {
         "": claim.name,

@@ -386,3 +386,13 @@ def test_the_pages_and_the_records_say_the_same(monkeypatch):
     found = tables.tables(folder)
     for name, page in ("claims", "README.md"), ("runs", "results/README.md"):
         assert tables.between_comments(Path(page).read_text(), name)[2] == found[name]
+
+
+def test_only_a_picture_that_is_drawn_is_linked(tmp_path):
+    world = make_world(tmp_path / "mini")
+    picture = world / "figures" / "ablations.png"
+    picture.parent.mkdir()
+    picture.touch()
+    rows = {row[""]: row for row in tables.claims_table(world)}
+    assert rows["Q10"]["figure"] == f"[ablations]({picture})"
+    assert rows["Q1"]["figure"] == "" and "phase_change.py" in rows["Q1"]["command"]
